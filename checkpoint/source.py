@@ -1,0 +1,178 @@
+"""The one idea: a checkpoint is a source of tensors, and transformations wrap sources.
+
+    open_checkpoint(path)                -> Source     any format, lazily
+    grow(source, recipe)                 -> Source     upscale/
+    merge(sources, method, ...)          -> Source     merge/
+    write_checkpoint(source, path, ...)                 pulls tile after tile into the files of a layout
+    read_shard(source, layout, rank)                    the same pieces into one rank's memory
+
+A tensor is known by its Hugging Face on-disk name, unfused, unsharded and unpadded, and has up to four slots that
+belong together: `weight`, `master` (float32 copy that the optimizer updates), `exp_avg` and `exp_avg_sq` (Adam).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+
+from parallel.families import Family
+
+Slot = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
+SLOTS: tuple[Slot, ...] = ("weight", "master", "exp_avg", "exp_avg_sq")
+
+Box = tuple[slice, ...]
+"""A rectangular piece of a tensor: one slice with start and stop a dim, in canonical coordinates."""
+
+TILE = 1 << 20
+"""Elements in a tile at most; what bounds the memory of a worker. Never a setting: results must not depend on it."""
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+Map = Callable[[Callable[[In], Out], Iterable[In]], Iterable[Out]]
+"""`map` or a pool's ordered map: how work over tiles is spread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What a source knows of one tensor without reading it."""
+
+    shape: tuple[int, ...]
+    slots: Mapping[Slot, torch.dtype]
+    """The slots that exist, with the dtype that each is stored in."""
+    group: str = "default"
+    """Name of the optimizer's parameter group; never an index."""
+    tied_to: str | None = None
+    """The owner's name if this is an alias of another tensor; an alias is never read."""
+    trainable: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """An optimizer's parameter group: its own values and the factors that growth asks for."""
+
+    weight_decay: float = 0.0
+    lr_factor: float = 1.0
+    weight_decay_factor: float = 1.0
+    eps_factor: float = 1.0
+    norm_weight: float = 1.0
+    """Weight of the group's squared gradient norm in clipping."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    step: int = 0
+    """Optimizer steps taken (Adam's bias correction)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Plain data of the run that a checkpoint belongs to."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    seed: int | None = None
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Anything that tensors can be read from. Reading is thread-safe and never changes a source."""
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The Hugging Face config of the model that the tensors make."""
+
+    @property
+    def infos(self) -> Mapping[str, Info]:
+        """Every tensor by name, in the family's order, aliases included."""
+
+    @property
+    def groups(self) -> Mapping[str, Group]: ...
+
+    @property
+    def run(self) -> RunState: ...
+
+    def tiles(self, name: str) -> Sequence[Box]:
+        """Return boxes that cover the tensor once, in row-major order; they depend on the shape alone."""
+
+    def collect(self, name: str, spread: Map) -> Any:
+        """Return what `read` needs to know of the whole tensor first (None for most sources).
+
+        `spread` maps a function over tiles; results are combined in tile order, so they depend on no schedule.
+        """
+
+    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
+        """Fill `out[slot]`, tensors of the box's shape, with that box of each slot, rounded once to `out`'s dtype.
+
+        All slots of a box are asked for together, since splits and noise are one decision for weight and master.
+        `stats` is what `collect(name, ...)` returned. Aliases are not read: ask for `infos[name].tied_to`.
+        """
+
+
+def full_box(shape: Sequence[int]) -> Box:
+    """Return the box that is the whole tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in box)
+
+
+def row_major_tiles(shape: Sequence[int], tile: int = TILE) -> list[Box]:
+    """Cut a tensor into boxes of at most `tile` elements that are contiguous in row-major order, in that order.
+
+    Whole rows while a row fits in a tile; otherwise pieces of one row. A scalar is one box without dims.
+    """
+    if not shape:
+        return [()]
+    if 0 in shape:
+        return []
+    head, *rest = shape
+    inner = 1
+    for size in rest:
+        inner *= size
+    if inner <= tile:
+        rows = max(1, tile // inner)
+        whole = full_box(rest)
+        return [(slice(at, min(at + rows, head)), *whole) for at in range(0, head, rows)]
+    return [(slice(at, at + 1), *piece) for at in range(head) for piece in row_major_tiles(rest, tile)]
+
+
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Return the boxes, in order, whose concatenation is elements [start, stop) of the row-major flattened tensor.
+
+    At most 2 * ndim - 1 boxes: pieces of a first row, whole rows, pieces of a last row.
+    """
+    if start >= stop:
+        return []
+    if len(shape) <= 1:
+        return [(slice(start, stop),)] if shape else [()]
+    inner = 1
+    for size in shape[1:]:
+        inner *= size
+    first, offset = divmod(start, inner)
+    boxes: list[Box] = []
+    if offset:
+        end = min(stop, (first + 1) * inner) - first * inner
+        boxes += [(slice(first, first + 1), *piece) for piece in flat_boxes(shape[1:], offset, end)]
+        first += 1
+    last, tail = divmod(stop, inner)
+    if first < last:
+        boxes.append((slice(first, last), *full_box(shape[1:])))
+    if tail and first <= last:
+        boxes += [(slice(last, last + 1), *piece) for piece in flat_boxes(shape[1:], 0, tail)]
+    return boxes
+
+
+def read_tensor(source: Source, name: str, slot: Slot = "weight", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Read one whole tensor of a source into memory; an alias is read from its owner."""
+    owner = source.infos[name].tied_to or name
+    info = source.infos[owner]
+    out = torch.empty(info.shape, dtype=dtype)
+    stats = source.collect(owner, map)
+    for box in source.tiles(owner):
+        source.read(owner, box, {slot: out[box]}, stats)
+    return out

@@ -1,0 +1,278 @@
+"""The pipeline file's keys, as frozen dataclasses: what may be written, its type, unit and default.
+
+`growmerge.config` turns YAML into these and names file and line when it cannot. A field's docstring is its help text.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+DecayShape = Literal["linear", "sqrt", "cosine"]
+GrowthMethod = Literal["exact-split", "symmetric"]
+MergeMethod = Literal["linear", "ties"]
+Precision = Literal["float32", "bfloat16"]
+Reader = Literal["jsonl", "parquet", "txt", "json-strings", "pythonbible"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Where text comes from: exactly one of `package` and `files` names the place."""
+
+    package: str | None = None
+    """A package index requirement, pinned, such as `homeassistant==2025.4.4`: its wheel is read as a zip, never installed."""
+    sha256: str | None = None
+    """Checksum of the wheel; a download that differs is refused."""
+    python_version: str | None = None
+    """Python version to ask the index for, where the package does not support the running one."""
+    files: str | None = None
+    """Glob of the files to read: inside the wheel if `package` is given, else on disk, relative to this YAML file."""
+    reader: Reader | None = None
+    """How to read them; by default from the files' suffix (.jsonl, .parquet, .txt)."""
+    field: str = "text"
+    """jsonl, parquet: the key or column that holds the text."""
+    min_words: int = 1
+    """json-strings: strings with fewer words than this are left out."""
+    untranslated: str | None = None
+    """json-strings: glob of the original's files; a string equal to the original's is left out as untranslated."""
+    never_heldout: tuple[str, ...] = ()
+    """Globs of document ids that are never held out (texts that repeat one another, say)."""
+    edition: str = ""
+    """Which edition of the text this is; kept with the corpus and shown in the report."""
+    rights_holder: str = ""
+    """Who holds the rights to the text."""
+    licence: str = ""
+    """The text's licence (SPDX name where there is one)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The text of one language."""
+
+    name: str
+    """The language's name in the report."""
+    sources: tuple[TextSource, ...]
+    """Where its text comes from."""
+    splits: Mapping[str, float] = field(default_factory=dict)
+    """Shares of the training documents, by document, such as `{first: 0.8, rest: 0.2}`; used as `eng.first`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Text that no model is trained on."""
+
+    share: float = 0.08
+    """Share of the documents held out; the same document ids in every language, so that the parts are parallel."""
+    max_bytes: int = 40_000
+    """Bytes of held-out text a language at most (UTF-8)."""
+    ngram: int = 13
+    """A training passage that shares a word n-gram of this length with held-out text is left out of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer: trained here (byte-level BPE), or an existing one by path."""
+
+    vocab_size: int = 2048
+    """Entries of the vocabulary, special tokens included."""
+    train_on: tuple[str, ...] = ()
+    """Corpora whose training text it is trained on; all of them by default."""
+    path: str | None = None
+    """Folder of an existing Hugging Face tokenizer, used instead of training one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the seed model, in the words of Hugging Face configs."""
+
+    family: Literal["llama"] = "llama"
+    """Which architecture."""
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 2048
+    """Longest sequence (tokens)."""
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a run trains. Given once for all runs, and again in a stage where it differs."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    sequence_length: int = 2048
+    """Tokens in a sample."""
+    global_batch: int = 8
+    """Samples a step, over all ranks."""
+    micro_batch: int | None = None
+    """Samples a rank and a pass; by default what one pass a step needs."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    decay: float = 0.2
+    """Share of the steps, at the end, in which the rate falls to 0 (WSD)."""
+    decay_shape: DecayShape = "linear"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and embeddings; norms are not decayed."""
+    clip: float = 1.0
+    """Gradient norm at which gradients are clipped."""
+    precision: Precision = "bfloat16"
+    """Compute and stored weight dtype; the optimizer's master copy is always float32."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    evaluate_every: int = 0
+    """Steps between held-out evaluations (0: at the start and the end alone)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStage:
+    """Train a model on a mixture."""
+
+    from_: str
+    """Stage to start from, a checkpoint's path, or `scratch`."""
+    data: str
+    """Name of a mixture."""
+    training: Mapping[str, object] = field(default_factory=dict)
+    """Keys of `training` that differ for this run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowStage:
+    """Grow a model without changing its function (HyperCloning, arXiv 2409.12903)."""
+
+    from_: str
+    """Stage or checkpoint to grow."""
+    width: int = 2
+    """Factor of hidden size, query heads, kv heads and ffn."""
+    method: GrowthMethod = "exact-split"
+    """How a weight is shared among its copies: unequal parts that add up exactly, or equal parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeStage:
+    """Merge models into one."""
+
+    from_: tuple[str, ...]
+    """Stages or checkpoints to merge, in this order."""
+    method: MergeMethod
+    base: str | None = None
+    """Stage or checkpoint that they all started from (needed by ties)."""
+    weights: tuple[float, ...] = ()
+    """One weight a model; all 1 by default."""
+    density: float = 0.5
+    """ties: share of each task vector that is kept."""
+    scale: float = 1.0
+    """ties: lambda, the factor of the merged task vector."""
+    normalize: bool = True
+    """Divide by the sum of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage, or with `each` a grid of them: exactly one of the verbs."""
+
+    train: TrainStage | None = None
+    grow: GrowStage | None = None
+    merge: MergeStage | None = None
+    each: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Variables and their values: the stage is repeated for every combination, `{variable}` filled in everywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How every model is evaluated."""
+
+    stride: int | None = None
+    """Tokens between windows; each token is scored once, with at least window - stride tokens before it
+    (but at a document's start); by default half of the window."""
+    window: int | None = None
+    """Tokens in a window; by default the training sequence length."""
+    pairs: int = 200
+    """Acceptability pairs a language and kind (swap, drop)."""
+    resamples: int = 2000
+    """Resamples of the bootstrap."""
+    confidence: float = 0.95
+    """Coverage of the intervals."""
+    sample_tokens: int = 40
+    """Tokens of each text sample in the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A bound that the run has to meet: the model must beat a baseline by so many bits per byte."""
+
+    models: tuple[str, ...]
+    """Stages; a grid's template such as `{setup}-swe` stands for all of its stages."""
+    language: str
+    by: float
+    """Bits per byte; the whole interval has to lie beyond it."""
+    beats: Literal["unigram"] = "unigram"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Which stages answer the paper's questions; `{setup}`, `{language}` and `{method}` are filled in."""
+
+    source_language: str
+    """The language of the seed, whose forgetting is measured."""
+    languages: tuple[str, ...]
+    """The languages adapted to."""
+    setups: tuple[str, ...]
+    """Names of the setups, the small one first."""
+    methods: tuple[MergeMethod, ...] = ()
+    """Merge methods compared."""
+    seed: str = "seed"
+    base: str = "base-{setup}"
+    adapted: str = "{setup}-{language}"
+    joint: str = "{setup}-joint"
+    merged: str = "{setup}-{method}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a job gets."""
+
+    ranks: int = 2
+    """Training processes, one a device."""
+    threads: int | None = None
+    """Threads a process; by default the cores divided by the ranks."""
+    minutes: int = 60
+    """Time limit of a job."""
+    memory_gb: int | None = None
+    """Memory limit of a job (GB); none by default."""
+    pack: bool = True
+    """Run all stages in one job, which share one group of ranks; otherwise a job a stage."""
+    slurm: Mapping[str, str | int] = field(default_factory=dict)
+    """Further sbatch options, such as `partition: gpu`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A whole pipeline file."""
+
+    name: str
+    title: str = ""
+    """Headline of the report."""
+    seed: int = 0
+    """Everything random follows from it."""
+    corpora: Mapping[str, Corpus]
+    """Text by language code (ISO 639-3)."""
+    heldout: HeldOut = field(default_factory=HeldOut)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig | None = None
+    """Shape of a model trained from scratch."""
+    mixtures: Mapping[str, Mapping[str, float]]
+    """Training data by name: weights of corpora (`swe`) and splits (`eng.first`)."""
+    training: Training = field(default_factory=Training)
+    stages: Mapping[str, Stage]
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    study: Study | None = None
+    checks: tuple[Check, ...] = ()
+    resources: Resources = field(default_factory=Resources)

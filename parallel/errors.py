@@ -1,0 +1,16 @@
+"""What a user is told when an input is wrong: one line, with the allowed values and the nearest match."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input from a user: the message is one complete line; no traceback is shown for it."""
+
+
+def one_of(what: str, given: object, allowed: Iterable[object]) -> str:
+    """Return the line that says `given` is not an allowed `what`, with the nearest match if there is one."""
+    names = [str(name) for name in allowed]
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {given!r}: allowed are {', '.join(names) or '(none)'}{hint}"

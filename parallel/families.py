@@ -1,0 +1,156 @@
+"""Model families as tables: which tensors a model has, what each axis means, and how each is split.
+
+One table a family drives the files (names and shapes), growth (which axis grows by which factor) and tensor
+parallelism (which dim is cut). A family is data: `docs/adding-a-family.md` says how to write one.
+
+Axes: vocab (V), hidden (D), q (H * head_dim), kv (K * head_dim), ffn (F), head_dim.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from parallel.errors import InputError, one_of
+
+Kind = Literal["embedding", "matrix", "norm", "final_norm", "head", "bias"]
+Split = Literal["column", "row", "vocab", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a family's table."""
+
+    name: str
+    """Hugging Face on-disk name; `{layer}` stands for the layer's number."""
+    axes: tuple[str, ...]
+    """What each dim is, outermost first; for a matrix (output, input), as torch.nn.Linear stores it."""
+    kind: Kind
+    split: Split
+    """Tensor-parallel cut (Megatron's terms): column cuts dim 0, row cuts dim 1, vocab cuts dim 0 of the embedding."""
+    when: str | None = None
+    """The row exists only if this config key is true."""
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A tensor of a concrete model: a Row with its layer filled in and its shape known."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    kind: Kind
+    split: Split
+    layer: int | None
+    tied_to: str | None
+    """The name whose storage this one shares, if it is an alias."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models that share one table."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """`model_type` values of Hugging Face configs that this table describes."""
+    rows: tuple[Row, ...]
+    tied: Mapping[str, str]
+    """alias -> owner, when `tie_word_embeddings` is set."""
+
+    def axes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Return the size of each axis (elements) for a Hugging Face config."""
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        return {
+            "vocab": config["vocab_size"],
+            "hidden": config["hidden_size"],
+            "q": heads * head_dim,
+            "kv": (config.get("num_key_value_heads") or heads) * head_dim,
+            "ffn": config["intermediate_size"],
+            "head_dim": head_dim,
+        }
+
+    def tensors(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return every tensor of the model by on-disk name, in the order of the running model; aliases are listed."""
+        sizes = self.axes(config)
+        aliases = self.tied if config.get("tie_word_embeddings") else {}
+        found: dict[str, Tensor] = {}
+        for name, row, layer in self._names(config):
+            shape = tuple(sizes[axis] for axis in row.axes)
+            found[name] = Tensor(
+                name=name,
+                shape=shape,
+                axes=row.axes,
+                kind=row.kind,
+                split=row.split,
+                layer=layer,
+                tied_to=aliases.get(name),
+            )
+        return found
+
+    def _names(self, config: Mapping[str, Any]) -> Iterator[tuple[str, Row, int | None]]:
+        rows = [row for row in self.rows if row.when is None or config.get(row.when)]
+        first = next(i for i, row in enumerate(rows) if row.per_layer)
+        last = max(i for i, row in enumerate(rows) if row.per_layer)
+        for row in rows[:first]:
+            yield row.name, row, None
+        for layer in range(config["num_hidden_layers"]):
+            for row in rows[first : last + 1]:
+                yield row.name.format(layer=layer), row, layer
+        for row in rows[last + 1 :]:
+            yield row.name, row, None
+
+    def parameters(self, config: Mapping[str, Any]) -> int:
+        """Return the number of parameters, a tied tensor counted once."""
+        total = 0
+        for tensor in self.tensors(config).values():
+            if tensor.tied_to is None:
+                count = 1
+                for size in tensor.shape:
+                    count *= size
+                total += count
+        return total
+
+
+_LAYER = "model.layers.{layer}."
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama", "mistral"),
+    rows=(
+        Row(name="model.embed_tokens.weight", axes=("vocab", "hidden"), kind="embedding", split="vocab"),
+        Row(name=_LAYER + "self_attn.q_proj.weight", axes=("q", "hidden"), kind="matrix", split="column"),
+        Row(name=_LAYER + "self_attn.k_proj.weight", axes=("kv", "hidden"), kind="matrix", split="column"),
+        Row(name=_LAYER + "self_attn.v_proj.weight", axes=("kv", "hidden"), kind="matrix", split="column"),
+        Row(name=_LAYER + "self_attn.o_proj.weight", axes=("hidden", "q"), kind="matrix", split="row"),
+        Row(name=_LAYER + "mlp.gate_proj.weight", axes=("ffn", "hidden"), kind="matrix", split="column"),
+        Row(name=_LAYER + "mlp.up_proj.weight", axes=("ffn", "hidden"), kind="matrix", split="column"),
+        Row(name=_LAYER + "mlp.down_proj.weight", axes=("hidden", "ffn"), kind="matrix", split="row"),
+        Row(name=_LAYER + "input_layernorm.weight", axes=("hidden",), kind="norm", split="none"),
+        Row(name=_LAYER + "post_attention_layernorm.weight", axes=("hidden",), kind="norm", split="none"),
+        Row(name="model.norm.weight", axes=("hidden",), kind="final_norm", split="none"),
+        Row(name="lm_head.weight", axes=("vocab", "hidden"), kind="head", split="vocab"),
+    ),
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+)
+
+FAMILIES: dict[str, Family] = {LLAMA.name: LLAMA}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family whose table describes a Hugging Face config.
+
+    Raises:
+        InputError: no family knows the config's `model_type`, or the config has biases that its table lacks.
+    """
+    by_type = {kind: family for family in FAMILIES.values() for kind in family.model_types}
+    model_type = config.get("model_type")
+    if model_type not in by_type:
+        raise InputError(one_of("model_type", model_type, by_type))
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise InputError(f"config has {key}: true, which the {by_type[model_type].name} family's table does not hold")
+    return by_type[model_type]
