@@ -152,5 +152,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise InputError(one_of("model_type", model_type, by_type))
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
-            raise InputError(f"config has {key}: true, which the {by_type[model_type].name} family's table does not hold")
+            raise InputError(
+                f"config has {key}: true, which the {by_type[model_type].name} family's table does not hold"
+            )
     return by_type[model_type]

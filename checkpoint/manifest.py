@@ -1,0 +1,109 @@
+"""Manifests: a folder is complete if and only if `manifest.json` exists, and it says what every byte should be.
+
+The manifest is written last, when every file is on disk and synced. It holds each file's size, modification time and
+SHA-256 by block of 16 MiB, so that a partial reader can verify what it reads.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoint.files import inside, read_json, sync_folder, write_json
+from parallel.errors import InputError
+
+NAME = "manifest.json"
+BLOCK = 16 * 2**20
+UNCOVERED = frozenset({NAME, "README.md"})
+"""Files that no manifest covers; a model card gains its results later."""
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / NAME).is_file()
+
+
+def block_hashes(path: Path) -> list[str]:
+    """Return the SHA-256 of each block of 16 MiB of a file."""
+    hashes = []
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            hashes.append(hashlib.sha256(block).hexdigest())
+    return hashes
+
+
+def covered(folder: Path) -> list[Path]:
+    """Return the files that a manifest of the folder covers, sorted; folders with a manifest of their own are left out."""
+    found: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or path.name.startswith(".") or path.name in UNCOVERED:
+            continue
+        if path.is_dir():
+            if not is_complete(path):
+                found += covered(path)
+        else:
+            found.append(path)
+    return found
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any] | None = None, files: Iterable[Path] | None = None) -> dict:
+    """Declare the folder complete: hash its files (all by default, synced by their writers) and write the manifest."""
+    entries = {}
+    for path in files if files is not None else covered(folder):
+        stat = path.stat()
+        entries[path.relative_to(folder).as_posix()] = {
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": block_hashes(path),
+        }
+        sync_folder(path.parent)
+    manifest = {"format": 1, "block": BLOCK, "about": dict(about or {}), "files": entries}
+    write_json(folder / NAME, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest.
+
+    Raises:
+        InputError: there is none (the folder is incomplete) or it is damaged.
+    """
+    if not is_complete(folder):
+        raise InputError(f"{folder}: incomplete (it has no {NAME})")
+    manifest = read_json(folder / NAME)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{folder / NAME}: damaged (it lists no files)")
+    return manifest
+
+
+def check(folder: Path, *, deep: bool = False) -> dict[str, Any]:
+    """Check a folder against its manifest and return the manifest.
+
+    Args:
+        deep: read every byte and compare checksums; otherwise sizes and modification times are compared, and only
+            a file whose time differs is read.
+
+    Raises:
+        InputError: the folder is incomplete, or a file is missing, truncated or has changed: the line names it.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = inside(folder, name)
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing, though {NAME} lists it") from None
+        if stat.st_size != entry["size"]:
+            raise InputError(f"{path}: truncated or changed ({stat.st_size} bytes, {NAME} says {entry['size']})")
+        if deep or stat.st_mtime_ns != entry["mtime_ns"]:
+            for number, (found, said) in enumerate(zip(block_hashes(path), entry["sha256"], strict=True)):
+                if found != said:
+                    raise InputError(f"{path}: damaged (checksum of block {number} differs from {NAME})")
+    return manifest
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Return one hash for all files of a manifest: what a folder's content is known by."""
+    total = hashlib.sha256()
+    for name, entry in sorted(manifest["files"].items()):
+        total.update(f"{name}\0{entry['size']}\0{','.join(entry['sha256'])}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,229 @@
+"""Hugging Face safetensors folders: single or sharded with an index, read lazily, written in place.
+
+Layout of a file: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then data.
+"""
+
+import functools
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoint.files import inside, read_json
+from checkpoint.layout import FilePlan, Fragment
+from checkpoint.memory import infos_of
+from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, row_major_tiles
+from parallel.errors import InputError, one_of
+from parallel.families import Family, family_of
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where a tensor lies."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Read one file's header: what it holds and where, no data.
+
+    Raises:
+        InputError: the file is missing, truncated, or no safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if length + 8 > size:
+                raise InputError(f"{path}: truncated, or not a safetensors file ({size} bytes)")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a safetensors file (its header is not JSON)") from error
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{path}: {name}: {one_of('dtype', entry['dtype'], DTYPES)}")
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
+            raise InputError(f"{path}: {name}: shape {shape} does not match its {stop - start} bytes")
+        if 8 + length + stop > size:
+            raise InputError(f"{path}: truncated ({size} bytes; {name} would end at {8 + length + stop})")
+        found[name] = Stored(path=path, offset=8 + length + start, shape=shape, dtype=dtype)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetensorsSource:
+    """A Hugging Face folder with `config.json` and safetensors weights."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    run: RunState
+    groups: Mapping[str, Group] = field(default_factory=lambda: {"default": Group()})
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @cached_property
+    def stored(self) -> Mapping[str, Stored]:
+        if (self.folder / INDEX).is_file():
+            weight_map = read_json(self.folder / INDEX).get("weight_map", {})
+            names = sorted(set(weight_map.values()))
+        elif (self.folder / SINGLE).is_file():
+            names = [SINGLE]
+        else:
+            raise InputError(f"{self.folder}: neither {SINGLE} nor {INDEX}")
+        found: dict[str, Stored] = {}
+        for name in names:
+            found.update(read_header(inside(self.folder, name)))
+        return found
+
+    @cached_property
+    def infos(self) -> Mapping[str, Info]:
+        infos = {}
+        for name, info in infos_of(self.config, torch.float32).items():
+            if info.tied_to is None:
+                if name not in self.stored:
+                    raise InputError(f"{self.folder}: tensor {name} is missing")
+                stored = self.stored[name]
+                if stored.shape != info.shape:
+                    raise InputError(f"{stored.path}: {name} has shape {stored.shape}, config.json says {info.shape}")
+                info = Info(shape=info.shape, slots={"weight": stored.dtype})
+            infos[name] = info
+        return infos
+
+    def tiles(self, name: str) -> Sequence[Box]:
+        return row_major_tiles(self.infos[name].shape)
+
+    def collect(self, name: str, spread: Map) -> Any:
+        return None
+
+    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
+        stored = self.stored[name]
+        # Integers of the element's size: numpy has no bfloat16, and a mapping reads just the pages it needs.
+        raw = np.memmap(
+            stored.path, dtype=f"u{stored.dtype.itemsize}", mode="r", offset=stored.offset, shape=stored.shape
+        )
+        piece = torch.from_numpy(np.array(raw[box])).view(stored.dtype)
+        for tensor in out.values():
+            tensor.copy_(piece)
+
+
+def open_safetensors(folder: Path) -> SafetensorsSource:
+    """Open a Hugging Face folder lazily.
+
+    Raises:
+        InputError: config.json is missing or of no known family; later, when a tensor is missing or has another shape.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        family_of(config)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
+    about = read_json(folder / "growmerge.json") if (folder / "growmerge.json").is_file() else {}
+    return SafetensorsSource(folder=folder, config=config, run=RunState(provenance=about))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetensorsLayout:
+    """A Hugging Face folder: tensors in the family's order, aliases left out, in shards of at most `shard_size` bytes."""
+
+    dtype: torch.dtype | None = None
+    """Output dtype; each tensor's own by default."""
+    shard_size: int = 5 * 10**9
+
+    def _dtype(self, source: Source, name: str) -> torch.dtype:
+        return self.dtype or source.infos[name].slots["weight"]
+
+    def files(self, source: Source) -> list[FilePlan]:
+        """Return the plan of each file; a tensor larger than a shard has a shard of its own."""
+        shards: list[dict[str, torch.dtype]] = [{}]
+        room = self.shard_size
+        for name, info in source.infos.items():
+            if info.tied_to is not None:
+                continue
+            dtype = self._dtype(source, name)
+            size = math.prod(info.shape) * dtype.itemsize
+            if shards[-1] and size > room:
+                shards.append({})
+                room = self.shard_size
+            shards[-1][name] = dtype
+            room -= size
+        count = len(shards)
+        plans = []
+        for number, tensors in enumerate(shards, 1):
+            name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            plans.append(_file(name, tensors, source))
+        return plans
+
+    def extras(self, source: Source, plans: Sequence[FilePlan]) -> dict[str, bytes]:
+        """Return the small files that stand beside the data: config.json and, if sharded, the index."""
+        dtypes = {name: self._dtype(source, name) for plan in plans for name in plan.tensors}
+        config = dict(source.config)
+        if len(set(dtypes.values())) == 1:
+            config["dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
+        extras = {"config.json": _json(config)}
+        if len(plans) > 1:
+            total = sum(math.prod(source.infos[name].shape) * dtype.itemsize for name, dtype in dtypes.items())
+            weight_map = {name: plan.name for plan in plans for name in plan.tensors}
+            extras[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+        return extras
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _file(name: str, tensors: Mapping[str, torch.dtype], source: Source) -> FilePlan:
+    shapes = {tensor: source.infos[tensor].shape for tensor in tensors}
+    return FilePlan(
+        name=name, tensors=tuple(tensors), create=functools.partial(_create, tensors=dict(tensors), shapes=shapes)
+    )
+
+
+def _create(path: Path, *, tensors: Mapping[str, torch.dtype], shapes: Mapping[str, tuple[int, ...]]) -> list[Fragment]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor, dtype in tensors.items():
+        size = math.prod(shapes[tensor]) * dtype.itemsize
+        header[tensor] = {"dtype": CODES[dtype], "shape": list(shapes[tensor]), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    with path.open("xb") as file:
+        file.write(head)
+        file.truncate(len(head) + at)
+    return [
+        Fragment(offset=len(head) + header[tensor]["data_offsets"][0], tensor=tensor, slot="weight", dtype=dtype)
+        for tensor, dtype in tensors.items()
+    ]

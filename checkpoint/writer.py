@@ -1,0 +1,119 @@
+"""The writer: asks a layout which bytes go where and pulls them from a source, tile by tile, in parallel.
+
+Memory is bounded by tile size x workers. The bytes do not depend on the number of workers.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.files import disk_errors, inside, write_bytes
+from checkpoint.layout import Fragment, Layout
+from checkpoint.manifest import NAME, digest, write_manifest
+from checkpoint.source import Slot, Source, box_shape, flat_boxes, row_major_tiles
+from parallel.errors import InputError
+
+Hook = Callable[[str], None]
+
+
+def no_hook(point: str) -> None:
+    """The hook of an undisturbed write; tests give one that kills the process at a named point."""
+
+
+def write_checkpoint(
+    source: Source,
+    folder: Path,
+    layout: Layout,
+    *,
+    workers: int = 1,
+    about: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    hook: Hook = no_hook,
+) -> str:
+    """Write a source into a folder in a layout, the manifest last, and return the hash of its content.
+
+    Args:
+        workers: threads that read, compute and write tiles.
+        about: provenance, stored in growmerge.json.
+        extra_files: further files (a tokenizer, say) by relative name.
+        hook: called at named points: "shard <file>" after each data file, "manifest" just before the manifest.
+
+    Raises:
+        InputError: a full disk, a place that cannot be written, or a source that cannot be read.
+    """
+    (folder / NAME).unlink(missing_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    plans = layout.files(source)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for plan in plans:
+            path = inside(folder, plan.name)
+            with disk_errors(path):
+                path.unlink(missing_ok=True)
+                fragments = plan.create(path)
+                handle = os.open(path, os.O_RDWR)
+                try:
+                    for tensor, group in groupby(fragments, key=lambda fragment: fragment.tensor):
+                        _write_tensor(source, tensor, list(group), handle, pool, workers)
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+            hook(f"shard {plan.name}")
+    extras = {**layout.extras(source, plans), **(extra_files or {})}
+    if about is not None:
+        extras["growmerge.json"] = (json.dumps(dict(about), indent=1, ensure_ascii=False) + "\n").encode()
+    for name, data in extras.items():
+        write_bytes(inside(folder, name), data)
+    hook("manifest")
+    return digest(write_manifest(folder))
+
+
+def _write_tensor(
+    source: Source, name: str, fragments: list[Fragment], handle: int, pool: ThreadPoolExecutor, workers: int
+) -> None:
+    """Fill one tensor's fragments of one file; slots that share a range are read together."""
+    info = source.infos[name]
+    stats = source.collect(name, pool.map)
+    count = 1
+    for size in info.shape:
+        count *= size
+    ranges: dict[tuple[int, int], list[Fragment]] = {}
+    for fragment in fragments:
+        stop = count if fragment.stop is None else fragment.stop
+        ranges.setdefault((fragment.start, stop), []).append(fragment)
+
+    def fill(job: tuple[int, int, int, list[Fragment]]) -> None:
+        begin, start, stop, targets = job
+        at = start
+        for box in flat_boxes(info.shape, start, stop):
+            shape = box_shape(box)
+            out: dict[Slot, torch.Tensor] = {part.slot: torch.empty(shape, dtype=part.dtype) for part in targets}
+            source.read(name, box, out, stats)
+            for part in targets:
+                data = out[part.slot].reshape(-1).view(torch.uint8).numpy()
+                _write_all(handle, memoryview(data), part.offset + (at - begin) * part.dtype.itemsize)
+            at += out[targets[0].slot].numel()
+
+    def jobs() -> Iterator[tuple[int, int, int, list[Fragment]]]:
+        for (start, stop), targets in ranges.items():
+            for piece in row_major_tiles((stop - start,)):
+                yield start, start + piece[0].start, start + piece[0].stop, targets
+
+    # A window keeps the queue, and so the memory, bounded; errors of workers surface here.
+    todo = jobs()
+    while batch := [job for _, job in zip(range(4 * workers), todo, strict=False)]:
+        list(pool.map(fill, batch))
+
+
+def _write_all(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(handle, data, offset)
+        if done == 0:
+            raise InputError("a write to the checkpoint wrote nothing")
+        data, offset = data[done:], offset + done
