@@ -1,0 +1,69 @@
+"""A group of ranks: the few collectives that the rooms need, passed as an argument and never a global."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process' place among the processes that work on one thing."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order, on every rank (plain data; small)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank (plain data; small)."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+
+ALONE = Ranks(rank=0, world_size=1)
+
+
+def connect(rank: int, world_size: int, *, rendezvous: Path | None = None) -> Ranks:
+    """Join the group of ranks: NCCL with CUDA, gloo without.
+
+    Args:
+        rendezvous: a file that does not exist yet, on which processes of one machine meet (no port to collide on);
+            without it MASTER_ADDR and MASTER_PORT are used, as a cluster's launcher sets them.
+    """
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if rendezvous is not None:
+        # Without a name server entry for this host gloo finds no interface; one machine needs only the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = dist.FileStore(str(rendezvous), world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    return Ranks(rank=rank, world_size=world_size)

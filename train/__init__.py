@@ -1,0 +1,1 @@
+"""Continued pretraining on DeepSpeed: the loop, optimizer groups, schedules, checkpoints and resume."""

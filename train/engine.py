@@ -1,0 +1,213 @@
+"""The DeepSpeed engine: a stock transformers model under ZeRO-3, started, grown and resumed through `read_shard`.
+
+DeepSpeed loads what our checkpoint engine hands it, and that comes from a Source: a saved run, a Hugging Face folder, a
+grown or merged model, or a model from scratch. No rank ever holds a whole model.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from checkpoint.source import Source
+from checkpoint.zero3 import SubGroup, Topology
+from parallel.errors import InputError
+from parallel.families import family_of
+from parallel.ranks import Ranks
+from train.checkpointing import ShardEngine
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What DeepSpeed is asked for."""
+
+    micro_batch: int
+    """Samples a rank and a pass."""
+    accumulation: int
+    """Passes a step."""
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float
+    precision: str
+    """float32 or bfloat16 (compute and stored weights; the master copy is float32)."""
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed without its compiling anything: on CPU the shared-memory collective takes minutes to build."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip,
+        "bf16": {"enabled": config.precision == "bfloat16"},
+        "zero_optimization": {"stage": 3},
+        # torch's AdamW: DeepSpeed's own would be compiled first.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def parameter_groups(model: torch.nn.Module, config: Mapping[str, Any], weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups by name: matrices and embeddings are decayed, norms and biases are not."""
+    table = family_of(config).tensors(config)
+    groups: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
+    for name, parameter in model.named_parameters():
+        vector = table[name].kind in ("norm", "final_norm", "bias")
+        groups["no_decay" if vector else "decay"].append(parameter)
+    decays = {"decay": weight_decay, "no_decay": 0.0}
+    return [{"name": name, "params": params, "weight_decay": decays[name]} for name, params in groups.items() if params]
+
+
+def build_model(config: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torch.nn.Module:
+    """Build the stock transformers model, every parameter cut over the ranks as it is made; weights are not set."""
+    deepspeed = _import_deepspeed()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf_config = AutoConfig.for_model(**config)
+    hf_config.use_cache = False
+    with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    # zero.Init makes every float tensor in the run's dtype; rotary frequencies lose too much in bfloat16.
+    for module in model.modules():
+        for name, child in module.named_children():
+            if "rotary" in name:
+                setattr(module, name, type(child)(config=hf_config))
+    return model
+
+
+class Engine:
+    """A running ZeRO-3 engine."""
+
+    def __init__(self, source: Source, config: EngineConfig, ranks: Ranks) -> None:
+        """Build the model of the source's config and fill each rank's share from the source.
+
+        Raises:
+            InputError: the source's tensors are not those of the model.
+        """
+        deepspeed = _import_deepspeed()
+        ds_config = deepspeed_config(config)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+        model = build_model(source.config, ds_config)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, source.config, config.weight_decay),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+        )
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self._engine = engine
+        self.config = config
+        self.ranks = ranks
+        self.topology = self._live_topology()
+        self._shards = ShardEngine(self.topology, ranks)
+        engine.checkpoint_engine = self._shards
+        engine._copy_recovery_script = lambda *_: None
+        self._load(source)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._engine.module
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def _live_topology(self) -> Topology:
+        optimizer = self._engine.optimizer
+        groups = [optimizer.param_groups[index]["name"] for index in self._group_of_sub_groups()]
+        shapes = self._engine._get_zero_param_shapes()
+        return Topology(
+            ranks=self.ranks.world_size,
+            sub_groups=tuple(
+                SubGroup(group=group, tensors=tuple((name, tuple(shape)) for name, shape in entry.items()))
+                for group, entry in zip(groups, shapes, strict=True)
+            ),
+        )
+
+    def _group_of_sub_groups(self) -> list[int]:
+        mapping = self._engine.optimizer.sub_group_to_group_id
+        return [mapping[index] for index in range(len(mapping))]
+
+    def _load(self, source: Source) -> None:
+        for sub_group in self.topology.sub_groups:
+            for name, shape in sub_group.tensors:
+                info = source.infos.get(name)
+                if info is None or info.shape != shape:
+                    found = "missing" if info is None else f"of shape {info.shape}"
+                    raise InputError(f"tensor {name} is {found} in the checkpoint; the model needs {shape}")
+        with TemporaryDirectory() as temporary, self._shards.serving(source, self._engine):
+            tag = "start"
+            folder = Path(temporary) / tag
+            folder.mkdir()
+            # DeepSpeed looks for its files before it asks for their content.
+            for path in (self._engine._get_ckpt_name(temporary, tag), self._engine._get_zero_ckpt_name(temporary, tag)):
+                Path(path).touch()
+            loaded, _ = self._engine.load_checkpoint(temporary, tag=tag)
+        assert loaded is not None, "DeepSpeed found no checkpoint where one was served"
+        for group in self._engine.optimizer.param_groups:
+            group["betas"], group["eps"] = self.config.betas, self.config.eps
+            group["weight_decay"] = self.config.weight_decay if group["name"] == "decay" else 0.0
+
+    def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]], lr: float, scored: int) -> float:
+        """Take one optimizer step and return this rank's sum of token losses (nats).
+
+        Args:
+            batches: one (input_ids [B, T + 1], weights [B]) a pass; a sample of weight 0 fills up a short rank.
+            lr: learning rate of the step.
+            scored: tokens that count, over all ranks and passes; the loss is their mean.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.train()
+        total = 0.0
+        # DeepSpeed averages over ranks and passes; undone here, so that the loss is a mean over tokens at any topology.
+        scale = self.ranks.world_size * self.config.accumulation / scored
+        for ids, weights in batches:
+            logits = self._engine(input_ids=ids[:, :-1]).logits
+            losses = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            )
+            loss = (losses.view(len(ids), -1) * weights[:, None]).sum()
+            total += float(loss.detach())
+            self._engine.backward(loss * scale)
+            self._engine.step()
+        return total
+
+    def save(self, folder: Path, tag: str, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Save a checkpoint `folder/tag`: shards by every rank, then the manifest, then the pointer.
+
+        Args:
+            state: plain data that comes back as the Source's run state.
+            files: small files that belong to the checkpoint, such as config.json.
+        """
+        self._shards.files = dict(files)
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state={"growmerge": dict(state)}, save_latest=False)
+
+    def close(self) -> None:
+        """Give the memory back, so that the next run in this process starts clean."""
+        self._engine.destroy()
+        del self._engine
