@@ -32,14 +32,16 @@ def block_hashes(path: Path) -> list[str]:
 
 
 def covered(folder: Path) -> list[Path]:
-    """Return the files that a manifest of the folder covers, sorted; folders with a manifest of their own are left out."""
+    """Return the files that a manifest of the folder covers, sorted.
+
+    A folder inside that has a manifest of its own is covered by that file alone, which speaks for the rest.
+    """
     found: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.name.startswith(".") or path.name in UNCOVERED:
             continue
         if path.is_dir():
-            if not is_complete(path):
-                found += covered(path)
+            found += [path / NAME] if is_complete(path) else covered(path)
         else:
             found.append(path)
     return found
@@ -98,6 +100,8 @@ def check(folder: Path, *, deep: bool = False) -> dict[str, Any]:
             for number, (found, said) in enumerate(zip(block_hashes(path), entry["sha256"], strict=True)):
                 if found != said:
                     raise InputError(f"{path}: damaged (checksum of block {number} differs from {NAME})")
+        if path.name == NAME:
+            check(path.parent, deep=deep)
     return manifest
 
 

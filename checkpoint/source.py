@@ -11,7 +11,8 @@ belong together: `weight`, `master` (float32 copy that the optimizer updates), `
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -176,3 +177,42 @@ def read_tensor(source: Source, name: str, slot: Slot = "weight", dtype: torch.d
     for box in source.tiles(owner):
         source.read(owner, box, {slot: out[box]}, stats)
     return out
+
+
+@dataclass(frozen=True)
+class WithoutState:
+    """A source's weights and masters alone, at step 0: what a new run starts from."""
+
+    source: Source
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.source.config
+
+    @cached_property
+    def infos(self) -> Mapping[str, Info]:
+        return {
+            name: replace(info, slots={slot: dtype for slot, dtype in info.slots.items() if slot in SLOTS[:2]})
+            for name, info in self.source.infos.items()
+        }
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        return {name: replace(group, step=0) for name, group in self.source.groups.items()}
+
+    @property
+    def run(self) -> RunState:
+        return RunState(provenance=self.source.run.provenance)
+
+    def tiles(self, name: str) -> Sequence[Box]:
+        return self.source.tiles(name)
+
+    def collect(self, name: str, spread: Map) -> Any:
+        return self.source.collect(name, spread)
+
+    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
+        self.source.read(name, box, out, stats)

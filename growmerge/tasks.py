@@ -1,0 +1,144 @@
+"""Tasks: what a pipeline file comes to, in order, each with the key that says whether it has been done.
+
+A task's key is the hash of its configuration and of its inputs' keys. Its folder is `stages/<name>/<key>`, so a changed
+configuration runs what depends on it anew and nothing else, and going back to an old one finds the old results.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint import manifest
+from growmerge.config import merged_training
+from growmerge.graph import Node
+from growmerge.schema import Pipeline
+from parallel.errors import InputError
+
+VERSIONS = {
+    "text": 1,
+    "tokens": 1,
+    "train": 1,
+    "grow": 1,
+    "merge": 1,
+    "evaluate": 1,
+    "baselines": 1,
+    "report": 1,
+}
+"""Raised when a verb's results change, so that old ones are not taken for new."""
+RESERVED = ("text", "tokens", "evaluate", "baselines", "report")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing to do."""
+
+    name: str
+    verb: str
+    config: Mapping[str, Any]
+    """All that its result depends on but its inputs; plain JSON."""
+    inputs: tuple[str, ...]
+    """Names of the tasks whose results it reads."""
+    key: str
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether its result is there, every file of the size that its manifest says."""
+        try:
+            manifest.check(self.folder)
+        except InputError:
+            return False
+        return True
+
+
+def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, base: Path) -> dict[str, Task]:
+    """Return all tasks by name, inputs before what reads them.
+
+    Args:
+        base: folder of the pipeline file, which relative paths in it start from.
+    """
+    tasks: dict[str, Task] = {}
+
+    def add(name: str, verb: str, config: Mapping[str, Any], inputs: tuple[str, ...]) -> None:
+        plain = json.loads(json.dumps(config))
+        content = [name, verb, VERSIONS[verb], plain, [tasks[other].key for other in inputs]]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        tasks[name] = Task(
+            name=name, verb=verb, config=plain, inputs=inputs, key=key, folder=workdir / "stages" / name / key
+        )
+
+    corpora = {language: asdict(corpus) for language, corpus in pipeline.corpora.items()}
+    text = {"corpora": corpora, "heldout": asdict(pipeline.heldout), "seed": pipeline.seed}
+    add("text", "text", {**text, "files": _stamps(pipeline, base)}, ())
+    tokenizer = asdict(pipeline.tokenizer)
+    add("tokens", "tokens", {"tokenizer": tokenizer, "stamp": _path_stamp(pipeline.tokenizer.path, base)}, ("text",))
+    for node in nodes.values():
+        config = _stage_config(pipeline, node, base)
+        reads = ("tokens",) if node.verb in ("train", "grow") else ()
+        add(node.name, node.verb, config, (*node.inputs, *reads))
+    window = {"evaluation": _evaluation(pipeline), "seed": pipeline.seed}
+    for node in nodes.values():
+        add(f"evaluate/{node.name}", "evaluate", window, (node.name, "tokens"))
+    add("baselines", "baselines", {"seed": pipeline.seed}, ("tokens",))
+    shown = {
+        "name": pipeline.name,
+        "title": pipeline.title,
+        "study": asdict(pipeline.study) if pipeline.study else None,
+        "checks": [asdict(check) for check in pipeline.checks],
+        "evaluation": asdict(pipeline.evaluation),
+    }
+    add("report", "report", shown, tuple(tasks))
+    return tasks
+
+
+def _evaluation(pipeline: Pipeline) -> dict[str, Any]:
+    """What scores depend on; the window is the training sequence length unless given."""
+    evaluation = pipeline.evaluation
+    window = evaluation.window or pipeline.training.sequence_length
+    return {
+        "window": window,
+        "stride": evaluation.stride or max(1, window // 2),
+        "pairs": evaluation.pairs,
+        "sample_tokens": evaluation.sample_tokens,
+    }
+
+
+def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {**asdict(node.stage), "seed": pipeline.seed, "precision": pipeline.training.precision}
+    named = [config["from_"]] if isinstance(config["from_"], str) else list(config["from_"])
+    paths = [name for name in [*named, config.get("base")] if name and name not in (*node.inputs, "scratch")]
+    config["stamps"] = {path: _path_stamp(path, base) for path in paths}
+    if node.verb == "train":
+        config["training"] = asdict(merged_training(pipeline, node.stage))
+        config["mixture"] = dict(pipeline.mixtures[node.stage.data])
+        config["evaluation"] = {key: _evaluation(pipeline)[key] for key in ("window", "stride")}
+        if node.stage.from_ == "scratch" and pipeline.model is not None:
+            config["model"] = asdict(pipeline.model)
+    return config
+
+
+def _path_stamp(path: str | None, base: Path) -> Any:
+    """What a folder outside the pipeline is known by: its manifest, or its files' sizes and times."""
+    if path is None:
+        return None
+    folder = base / path
+    if manifest.is_complete(folder):
+        return manifest.digest(manifest.read_manifest(folder))
+    return [[name.name, name.stat().st_size, name.stat().st_mtime_ns] for name in sorted(folder.glob("*"))]
+
+
+def _stamps(pipeline: Pipeline, base: Path) -> list[Any]:
+    """Sizes and times of the text files on disk that the corpora read."""
+    found = []
+    for corpus in pipeline.corpora.values():
+        for source in corpus.sources:
+            if source.package is None and source.files:
+                pattern = Path(source.files)
+                root, glob = (Path("/"), str(pattern)[1:]) if pattern.is_absolute() else (base, str(pattern))
+                for path in sorted(root.glob(glob)):
+                    stat = path.stat()
+                    found.append([str(path), stat.st_size, stat.st_mtime_ns])
+    return found

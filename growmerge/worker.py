@@ -1,0 +1,100 @@
+"""What runs inside a job, once a rank: the tasks it was given, one after the other, all ranks together."""
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from growmerge.context import Context, Resources
+from growmerge.events import EventLog
+from growmerge.graph import Node
+from growmerge.schema import Pipeline
+from growmerge.tasks import Task
+from parallel.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a job is told; plain data, pickled by submitit."""
+
+    pipeline: Pipeline
+    nodes: Mapping[str, Node]
+    tasks: Mapping[str, Task]
+    todo: tuple[str, ...]
+    """Names of the tasks to do, in order."""
+    base: Path
+    workdir: Path
+    events: Path
+    rendezvous: Path | None
+    """File on which the ranks of one machine meet; None on a cluster."""
+    threads: int
+    began: float
+    """When the run began (seconds since the epoch)."""
+    launcher: tuple[int, float] | None
+    """(pid, creation time) of the process without which the job must not go on."""
+
+
+def work(order: Order) -> str | None:
+    """Do an order's tasks as one rank; return the line of a bad input, or None."""
+    if order.launcher is not None:
+        _end_with(order.launcher)
+    # Before torch is imported: kernels that pick their thread count at load must agree with it.
+    os.environ["OMP_NUM_THREADS"] = str(order.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    from growmerge.verbs import do
+    from parallel.ranks import connect
+    from slurm.executor import task_environment
+
+    torch.set_num_threads(order.threads)
+    rank, world = task_environment()
+    log = EventLog(order.events) if rank == 0 else None
+    ranks = connect(rank, world, rendezvous=order.rendezvous)
+    context = Context(
+        pipeline=order.pipeline,
+        nodes=order.nodes,
+        tasks=order.tasks,
+        base=order.base,
+        workdir=order.workdir,
+        ranks=ranks,
+        resources=Resources(threads=order.threads, began=order.began),
+        report=log.write if log else lambda event: None,
+    )
+    for name in order.todo:
+        started = time.time()
+        context.report({"event": "start", "stage": name})
+        try:
+            do(context, order.tasks[name])
+        except InputError as error:
+            context.report({"event": "error", "stage": name, "text": str(error)})
+            return str(error)
+        except BaseException:
+            last = traceback.format_exc().strip().splitlines()[-1]
+            context.report({"event": "crash", "stage": name, "text": last})
+            raise
+        context.report({"event": "done", "stage": name, "seconds": round(time.time() - started, 2)})
+    torch.distributed.destroy_process_group()
+    return None
+
+
+def _end_with(launcher: tuple[int, float]) -> None:
+    """End this process when the launcher is gone: a job of this machine is a part of its run, never an orphan."""
+    from slurm.lease import alive
+
+    def watch() -> None:
+        while alive(*launcher):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def describe(result: Any) -> str | None:
+    """Return the line of a rank's bad input, if its result is one."""
+    return result if isinstance(result, str) else None

@@ -1,0 +1,87 @@
+"""The executor: hand a function and its resources to submitit, which runs it here or on a SLURM cluster.
+
+What runs is `function(*arguments)`, once a rank; RANK, WORLD_SIZE and LOCAL_RANK are set by `task_environment`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from parallel.errors import InputError
+
+Kind = Literal["local", "slurm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is submitted."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    ranks: int
+    threads: int
+    """Threads a rank."""
+    minutes: int
+    memory_gb: int | None = None
+    gpus: int = 0
+    """GPUs a node; one a rank where there are any."""
+    slurm: Mapping[str, str | int] = field(default_factory=dict)
+    """Further sbatch options by name."""
+
+
+def choose(wanted: str) -> Kind:
+    """Return the executor that `auto`, `local` or `slurm` means on this machine.
+
+    Raises:
+        InputError: slurm is wanted and there is no sbatch.
+    """
+    present = shutil.which("sbatch") is not None
+    if wanted == "slurm" and not present:
+        raise InputError("--executor slurm: no sbatch on PATH; run on a login node of the cluster, or use local")
+    return "slurm" if wanted == "slurm" or (wanted == "auto" and present) else "local"
+
+
+def submit(job: Job, kind: Kind, folder: Path) -> Any:
+    """Submit a job and return submitit's handle; its scripts, pickles and logs go into the folder."""
+    import submitit
+
+    folder.mkdir(parents=True, exist_ok=True)
+    executor = submitit.AutoExecutor(folder=folder, cluster=kind)
+    parameters: dict[str, Any] = {
+        "name": job.name,
+        "timeout_min": job.minutes,
+        "tasks_per_node": job.ranks,
+        "nodes": 1,
+        "gpus_per_node": job.gpus,
+    }
+    if kind == "slurm":
+        parameters["cpus_per_task"] = job.threads
+        if job.memory_gb is not None:
+            parameters["mem_gb"] = job.memory_gb
+        if job.slurm:
+            parameters["slurm_additional_parameters"] = dict(job.slurm)
+    executor.update_parameters(**parameters)
+    return executor.submit(job.function, *job.arguments)
+
+
+def task_environment() -> tuple[int, int]:
+    """Inside a job: return (rank, ranks) and set the variables that torch and DeepSpeed look for."""
+    import submitit
+
+    place = submitit.JobEnvironment()
+    variables = {
+        "RANK": place.global_rank,
+        "WORLD_SIZE": place.num_tasks,
+        "LOCAL_RANK": place.local_rank,
+        "LOCAL_WORLD_SIZE": place.num_tasks // place.num_nodes,
+    }
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    if place.num_nodes > 1:
+        os.environ.setdefault("MASTER_ADDR", place.hostnames[0])
+        # The same for all ranks and after a requeue; jobs that share a node differ.
+        os.environ.setdefault("MASTER_PORT", str(20000 + int("".join(filter(str.isdigit, place.job_id))[-5:]) % 40000))
+    return place.global_rank, place.num_tasks
