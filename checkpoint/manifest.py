@@ -5,7 +5,8 @@ SHA-256 by block of 16 MiB, so that a partial reader can verify what it reads.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,25 @@ def covered(folder: Path) -> list[Path]:
     return found
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any] | None = None, files: Iterable[Path] | None = None) -> dict:
-    """Declare the folder complete: hash its files (all by default, synced by their writers) and write the manifest."""
+def write_manifest(
+    folder: Path, about: Mapping[str, Any] | None = None, known: Mapping[str, list[str]] | None = None
+) -> dict[str, Any]:
+    """Declare the folder complete: sync and hash all that it covers, then write the manifest.
+
+    Args:
+        about: plain data that the manifest carries.
+        known: block hashes of files that were hashed already, by name.
+    """
     entries = {}
-    for path in files if files is not None else covered(folder):
+    for path in covered(folder):
+        name = path.relative_to(folder).as_posix()
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
         stat = path.stat()
-        entries[path.relative_to(folder).as_posix()] = {
+        entries[name] = {
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
-            "sha256": block_hashes(path),
+            "sha256": known[name] if known and name in known else block_hashes(path),
         }
         sync_folder(path.parent)
     manifest = {"format": 1, "block": BLOCK, "about": dict(about or {}), "files": entries}

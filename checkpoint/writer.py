@@ -3,9 +3,10 @@
 Memory is bounded by tile size x workers. The bytes do not depend on the number of workers.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -15,16 +16,10 @@ import torch
 
 from checkpoint.files import disk_errors, inside, write_bytes
 from checkpoint.layout import Fragment, Layout
-from checkpoint.manifest import NAME, digest, write_manifest
+from checkpoint.manifest import NAME, block_hashes, write_manifest
 from checkpoint.source import Slot, Source, box_shape, flat_boxes, row_major_tiles
 from parallel.errors import InputError
-
-Hook = Callable[[str], None]
-
-
-def no_hook(point: str) -> None:
-    """The hook of an undisturbed write; tests give one that kills the process at a named point."""
-
+from parallel.faults import point
 
 def write_checkpoint(
     source: Source,
@@ -34,15 +29,13 @@ def write_checkpoint(
     workers: int = 1,
     about: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
-    hook: Hook = no_hook,
 ) -> str:
-    """Write a source into a folder in a layout, the manifest last, and return the hash of its content.
+    """Write a source into a folder in a layout, the manifest last, and return the hash of its data.
 
     Args:
         workers: threads that read, compute and write tiles.
-        about: provenance, stored in growmerge.json.
+        about: provenance, stored in growmerge.json with that hash, by which descendants name this checkpoint.
         extra_files: further files (a tokenizer, say) by relative name.
-        hook: called at named points: "shard <file>" after each data file, "manifest" just before the manifest.
 
     Raises:
         InputError: a full disk, a place that cannot be written, or a source that cannot be read.
@@ -51,6 +44,7 @@ def write_checkpoint(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     plans = layout.files(source)
+    hashes: dict[str, list[str]] = {}
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for plan in plans:
             path = inside(folder, plan.name)
@@ -64,14 +58,17 @@ def write_checkpoint(
                     os.fsync(handle)
                 finally:
                     os.close(handle)
-            hook(f"shard {plan.name}")
+            hashes[plan.name] = block_hashes(path)
+            point(f"write/{plan.name}")
+    content = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     extras = {**layout.extras(source, plans), **(extra_files or {})}
     if about is not None:
-        extras["growmerge.json"] = (json.dumps(dict(about), indent=1, ensure_ascii=False) + "\n").encode()
+        extras["growmerge.json"] = (json.dumps({**about, "hash": content}, indent=1, ensure_ascii=False) + "\n").encode()
     for name, data in extras.items():
         write_bytes(inside(folder, name), data)
-    hook("manifest")
-    return digest(write_manifest(folder))
+    point("write/manifest")
+    write_manifest(folder, known=hashes)
+    return content
 
 
 def _write_tensor(

@@ -20,6 +20,7 @@ from parallel.errors import InputError
 VERSIONS = {
     "text": 1,
     "tokens": 1,
+    "pairs": 1,
     "train": 1,
     "grow": 1,
     "merge": 1,
@@ -28,7 +29,7 @@ VERSIONS = {
     "report": 1,
 }
 """Raised when a verb's results change, so that old ones are not taken for new."""
-RESERVED = ("text", "tokens", "evaluate", "baselines", "report")
+RESERVED = ("text", "tokens", "pairs", "evaluate", "baselines", "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +76,14 @@ def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, ba
     add("text", "text", {**text, "files": _stamps(pipeline, base)}, ())
     tokenizer = asdict(pipeline.tokenizer)
     add("tokens", "tokens", {"tokenizer": tokenizer, "stamp": _path_stamp(pipeline.tokenizer.path, base)}, ("text",))
+    add("pairs", "pairs", {"pairs": pipeline.evaluation.pairs, "seed": pipeline.seed}, ("text",))
     for node in nodes.values():
         config = _stage_config(pipeline, node, base)
         reads = ("tokens",) if node.verb in ("train", "grow") else ()
         add(node.name, node.verb, config, (*node.inputs, *reads))
     window = {"evaluation": _evaluation(pipeline), "seed": pipeline.seed}
     for node in nodes.values():
-        add(f"evaluate/{node.name}", "evaluate", window, (node.name, "tokens"))
+        add(f"evaluate/{node.name}", "evaluate", window, (node.name, "tokens", "pairs"))
     add("baselines", "baselines", {"seed": pipeline.seed}, ("tokens",))
     shown = {
         "name": pipeline.name,
@@ -101,7 +103,6 @@ def _evaluation(pipeline: Pipeline) -> dict[str, Any]:
     return {
         "window": window,
         "stride": evaluation.stride or max(1, window // 2),
-        "pairs": evaluation.pairs,
         "sample_tokens": evaluation.sample_tokens,
     }
 

@@ -4,11 +4,11 @@ Every answer is a difference between two sides, in bits per byte, on the same he
 or no only if the interval of the difference excludes 0.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from growmerge.report.estimates import Estimator, Side, Term, mean, minus
+from growmerge.report.estimates import NO_INTERVAL, Estimator, Side, Term, mean, minus
 from growmerge.report.study import Study
 
 YES, NO, UNRESOLVED = "yes", "no", "not resolved by this run"
@@ -66,73 +66,198 @@ def _answer(pair: Comparison, wanted: Wanted, estimate: Estimator) -> dict[str, 
     entry: dict[str, Any] = {"label": pair.label, "unit": UNIT, "detail": dict(pair.detail)}
     difference = minus(pair.a, pair.b)
     if pair.a is None or difference is None:
-        words = f"{pair.where}: this run has no scores of {pair.second if pair.a else pair.first}."
-        return entry | {"sentence": words, "verdict": UNRESOLVED, "value": None, "low": None, "high": None}
+        words = f"{pair.where}: this run has no scores of {(pair.second if pair.a else pair.first).rstrip(',')}."
+        return entry | {"sentence": words, "verdict": UNRESOLVED, "value": None, **NO_INTERVAL}
     level, found = estimate(pair.a)["value"], estimate(difference)
+    if found["low"] is None:
+        words = f"{pair.where}: there are too few held-out documents for an interval."
+        return entry | {"sentence": words, "verdict": UNRESOLVED, **found}
     sign, word = (-1, "less") if found["value"] < 0 else (1, "more")
     low, high = sorted((sign * found["low"], sign * found["high"]))
     answer = verdict(found["low"], found["high"], wanted)
     words = (
-        f"{pair.where} {pair.first} {pair.verb} {level:.3f} {UNIT}, {abs(found['value']):.3f} {word} "
-        f"[{low:.3f}, {high:.3f}] than {pair.second}: {answer}."
+        f"{pair.where} {pair.first} {pair.verb} {level:z.3f} {UNIT}, {abs(found['value']):.3f} {word} "
+        f"[{low:z.3f}, {high:z.3f}] than {pair.second}: {answer}."
     )
     entry["detail"]["level"] = level
     return entry | {"sentence": words, "verdict": answer, **found}
 
 
-def _over_languages(study: Study, setup: str, words: Mapping[str, Any], sides: Mapping[str, Any]) -> Iterator[Comparison]:
+Sides = Mapping[str, tuple[Side | None, Side | None]]
+"""The two sides by language."""
+
+
+def _over_languages(study: Study, setup: str, sides: Sides, *, on: str = "On", **words: Any) -> Iterator[Comparison]:
     """Compare on average over the languages, then on each; parts of setups after the first grown one carry its name."""
     prefix = "" if setup == study.grown[0] else setup
-    everywhere = "On average over " + listed(study.name(code) for code in study.languages)
-    yield Comparison(
-        part=prefix,
-        label=prefix,
-        where=everywhere,
-        a=mean(a for a, _ in sides.values()),
-        b=mean(b for _, b in sides.values()),
-        **words,
-    )
+    a, b = mean(a for a, _ in sides.values()), mean(b for _, b in sides.values())
+    yield Comparison(part=prefix, label=prefix, where=_everywhere(study), a=a, b=b, **words)
     for code, (a, b) in sides.items():
-        part, label = f"{prefix}.{code}".strip("."), f"{prefix} {study.name(code)}".strip()
-        yield Comparison(part=part, label=label, where=f"On {study.name(code)}", a=a, b=b, **words)
+        name = study.name(code)
+        part, label = (f"{prefix}.{code}", f"{prefix} {name}") if prefix else (code, name)
+        yield Comparison(part=part, label=label, where=f"{on} {name}", a=a, b=b, **words)
+
+
+def _everywhere(study: Study) -> str:
+    n = len(study.languages)
+    return {1: "Over the one language", 2: "Over both languages"}.get(n, f"Over all {n} languages")
 
 
 def same_text(study: Study) -> Iterator[Comparison]:
     """Q1: each grown setup against the small one, after the same training text."""
     for setup in study.grown:
         sides = {code: (study.new(setup, code), study.new(study.small, code)) for code in study.languages}
-        words = {"first": f"the {setup} model", "second": f"the {study.small} model"}
-        yield from _over_languages(study, setup, words, sides)
+        yield from _over_languages(study, setup, sides, first=f"the {setup} model", second=f"the {study.small} model")
 
 
 def same_compute(study: Study) -> Iterator[Comparison]:
-    """Q2: each grown setup, where it has used no more compute than the small one's whole run, against that run's end."""
+    """Q2: each grown setup, while within the compute of the small one's whole adaptation, against its end."""
     for setup in study.grown:
         points = {code: study.equal_compute(setup, code) for code in study.languages}
-        sides: dict[str, tuple[Side | None, Side | None]] = {}
-        for code, point in points.items():
-            at: Side | None = [Term(factor=1.0, language=code, rows=point["scores"][code])] if point else None
-            sides[code] = (at, study.new(study.small, code))
-        found = {code: {k: point[k] for k in POINT} for code, point in points.items() if point}
-        first = f"the {setup} model within the compute of {study.small}"
+        sides = {code: (_at(point, code), study.new(study.small, code)) for code, point in points.items()}
+        found = {code: {key: point[key] for key in POINT} for code, point in points.items() if point}
+        first = f"the {setup} model, within the compute of {study.small},"
         if found:
-            text, flops = (_percent(point[key] for point in found.values()) for key in ("share", "flops_share"))
-            first = f"the {setup} model, after {text} of the text and {flops} of the compute and not yet decayed,"
-        words = {"first": first, "second": f"the {study.small} model at its end", "detail": {"points": found}}
-        yield from _over_languages(study, setup, words, sides)
+            text, compute = (_percent([point[key] for point in found.values()]) for key in ("share", "flops_share"))
+            first = f"the {setup} model, at {text} of the text, {compute} of the compute and not yet decayed,"
+        second = f"the {study.small} model at its end"
+        yield from _over_languages(study, setup, sides, first=first, second=second, detail={"points": found})
+
+
+POINT = ("step", "tokens", "share", "flops", "flops_share")
+
+
+def _at(point: Mapping[str, Any] | None, language: str) -> Side | None:
+    return [Term(factor=1.0, language=language, rows=point["scores"][language])] if point else None
 
 
 def forgetting(study: Study) -> Iterator[Comparison]:
     """Q3: what each grown setup forgets of the source language against what the small one forgets."""
+    verb = f"forgets {study.name(study.source)} by"
     for setup in study.grown:
         sides = {
-            code: tuple(study.forgot(one, study.adapted(one, code)) for one in (setup, study.small))
+            code: (
+                study.forgot(setup, study.adapted(setup, code)),
+                study.forgot(study.small, study.adapted(study.small, code)),
+            )
             for code in study.languages
         }
-        words = {
-            "first": f"the {setup} model",
-            "verb": f"loses, in {study.name(study.source)},",
-            "second": f"the {study.small} model",
-        }
-        for pair in _over_languages(study, setup, words, sides):
-            yield replace(pair, where=pair.where.replace("On ", "After training on ") if "average" not in pair.where else pair.where)
+        first, second = f"the {setup} model", f"the {study.small} model"
+        yield from _over_languages(study, setup, sides, on="Trained on", first=first, verb=verb, second=second)
+
+
+def merged_or_joint(study: Study) -> Iterator[Comparison]:
+    """Q4: merges against the joint model of the same setup, on average over the languages."""
+    where = _everywhere(study)
+    joint = {setup: study.joint(setup) for setup in study.setups}
+    merged = {(method, setup): study.merged(setup, method) for method in study.methods for setup in study.setups}
+    yield Comparison(
+        where=where,
+        first="the merges of all methods and setups",
+        verb="reach",
+        a=mean(merged.values()),
+        second="the joint models",
+        b=mean(joint.values()),
+    )
+    for method in study.methods:
+        yield Comparison(
+            part=method,
+            label=method,
+            where=where,
+            first=f"the {method} merges of all setups",
+            verb="reach",
+            a=mean(merged[method, setup] for setup in study.setups),
+            second="the joint models",
+            b=mean(joint.values()),
+        )
+        for setup in study.setups:
+            yield Comparison(
+                part=f"{method}.{setup}",
+                label=f"{setup} {method}",
+                where=where,
+                first=f"the {method} merge of the {setup} models",
+                a=merged[method, setup],
+                second=f"the joint {setup} model",
+                b=joint[setup],
+            )
+
+
+def grown_merges(study: Study) -> Iterator[Comparison]:
+    """Q5: merges of grown models against merges of small ones by the same method, on average over the languages."""
+    where = _everywhere(study)
+    for setup in study.grown:
+        prefix = "" if setup == study.grown[0] else setup
+        yield Comparison(
+            part=prefix,
+            label=prefix,
+            where=where,
+            first=f"the merges of {setup} models",
+            verb="reach",
+            a=mean(study.merged(setup, method) for method in study.methods),
+            second=f"those of {study.small} models",
+            b=mean(study.merged(study.small, method) for method in study.methods),
+        )
+        for method in study.methods:
+            yield Comparison(
+                part=f"{prefix}.{method}".strip("."),
+                label=f"{prefix} {method}".strip(),
+                where=where,
+                first=f"the {method} merge of {setup} models",
+                a=study.merged(setup, method),
+                second=f"that of {study.small} models",
+                b=study.merged(study.small, method),
+            )
+
+
+def methods(study: Study) -> Iterator[Comparison]:
+    """Q6: the other merge methods against the first one, on average over the languages."""
+    where = _everywhere(study)
+    one, *others = study.methods or ["first"]
+    for setups in [study.setups, *([setup] for setup in study.setups)]:
+        part = "" if setups is study.setups else setups[0]
+        what = f"{listed(others) or 'other'} merges of {'all setups' if not part else f'{part} models'}"
+        yield Comparison(
+            part=part,
+            label=part,
+            where=where,
+            first=f"the {what}",
+            verb="reach",
+            a=mean(study.merged(setup, method) for setup in setups for method in others),
+            second=f"the {one} merges",
+            b=mean(study.merged(setup, one) for setup in setups),
+        )
+
+
+def before_or_after(study: Study) -> Iterator[Comparison]:
+    """Q7: grown before the last training in the source language against grown after it."""
+    early, late = study.grown[0], study.late
+    sides = {code: (study.new(early, code), study.new(late, code)) for code in study.languages}
+    first, second = f"the {early} model, grown before it,", f"the {late} model, grown after it"
+    yield from _over_languages(study, early, sides, first=first, second=second)
+
+
+def listed(words: Iterable[str]) -> str:
+    """Return words as English lists them: `a`, `a and b`, `a, b and c`."""
+    *rest, last = [*words] or [""]
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def _percent(shares: Sequence[float]) -> str:
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    return f"{low} %" if low == high else f"{low}-{high} %"
+
+
+QUESTIONS: dict[str, tuple[str, Wanted, Callable[[Study], Iterator[Comparison]]]] = {
+    "Q1": ("After the same text, is the grown model better at the new language?", "less", same_text),
+    "Q2": ("Does the grown model get there with less text and no more compute?", "less", same_compute),
+    "Q3": ("Does growing lessen forgetting of {source}?", "less", forgetting),
+    "Q4": ("Is merging less effective than joint training?", "more", merged_or_joint),
+    "Q5": ("Are merges of grown models better than merges of small ones?", "less", grown_merges),
+    "Q6": ("Do merging methods differ?", "differs", methods),
+    "Q7": (
+        "Does it matter whether growth comes before or after the last {source} training?",
+        "differs",
+        before_or_after,
+    ),
+}
+"""By id: the question, the difference that means yes, and what is compared."""

@@ -1,0 +1,1 @@
+"""Evaluation of any Source: bits per byte, acceptability pairs, baselines, intervals, text samples."""

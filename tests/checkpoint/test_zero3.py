@@ -1,0 +1,146 @@
+"""ZeRO-3 folders that real DeepSpeed wrote: read, resumed, at other numbers of ranks; and hostile files."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from checkpoint.memory import ScratchSource
+from checkpoint.open import open_checkpoint
+from checkpoint.source import read_tensor
+from conftest import on_ranks, tiny_config
+from parallel.errors import InputError
+from train.engine import Engine, EngineConfig
+
+BATCH, LENGTH = 12, 16
+
+
+def batch_of(step, ranks):
+    ids = torch.randint(0, 131, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    share = BATCH // ranks.world_size
+    return ids[ranks.rank * share : (ranks.rank + 1) * share], torch.ones(share)
+
+
+def run(ranks, folder, first, last, precision, save_at=None, tied=True):
+    """Train steps [first, last) from scratch or from the checkpoint of step `first`; return losses."""
+    config = tiny_config(tie_word_embeddings=tied)
+    source = open_checkpoint(f"{folder}/step-{first}") if first else ScratchSource(config=config, seed=1)
+    how = EngineConfig(
+        micro_batch=BATCH // ranks.world_size,
+        accumulation=1,
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.1,
+        clip=0.5,
+        precision=precision,
+    )
+    engine = Engine(source, how, ranks)
+    losses = []
+    for step in range(first, last):
+        total = torch.tensor([engine.step([batch_of(step, ranks)], 1e-2, BATCH * LENGTH)], dtype=torch.float64)
+        losses.append(float(ranks.sum(total)) / (BATCH * LENGTH))
+        if step + 1 == save_at:
+            files = {"config.json": json.dumps(config).encode()}
+            from pathlib import Path
+
+            engine.save(Path(folder), f"step-{save_at}", {"tokens": 7, "samples": 9, "seed": 1}, files)
+    shapes = {name: tuple(parameter.ds_shape) for name, parameter in engine.model.named_parameters()}
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    weights = {}
+    for name, parameter in engine.model.named_parameters():
+        with GatheredParameters([parameter]):
+            weights[name] = parameter.detach().clone()
+    engine.close()
+    return losses, shapes, weights
+
+
+def test_resume_is_exact_and_elastic_and_every_tensor_is_read(tmp_path):
+    (losses, shapes, _), _ = on_ranks(tmp_path, 2, run, str(tmp_path / "run"), 0, 6, "float32", 3)
+    assert abs(losses[0] - 4.875) < 0.6  # from scratch: near ln 131
+    assert losses[-1] < losses[0]
+    resumed = on_ranks(tmp_path, 2, run, str(tmp_path / "run"), 3, 6, "float32")
+    assert resumed[0][0] == losses[3:]  # digit for digit
+    for world in (1, 3):
+        elastic = on_ranks(tmp_path, world, run, str(tmp_path / "run"), 3, 6, "float32")
+        assert elastic[0][0] == pytest.approx(losses[3:], abs=1e-5)
+
+    source = open_checkpoint(tmp_path / "run" / "step-3")
+    stopped = on_ranks(tmp_path, 1, run, str(tmp_path / "run"), 3, 3, "float32")
+    for name, weight in stopped[0][2].items():
+        assert torch.equal(read_tensor(source, name), weight), name
+        assert source.infos[name].shape == shapes[name]
+        assert float(read_tensor(source, name, "exp_avg_sq").sum()) > 0, name
+    assert source.infos["lm_head.weight"].tied_to == "model.embed_tokens.weight"
+    assert source.run.step == 3
+    assert source.run.tokens == 7
+    assert {name: group.step for name, group in source.groups.items()} == {"decay": 3, "no_decay": 3}
+    assert source.groups["no_decay"].weight_decay == 0.0
+
+
+def test_bfloat16_resumes_exactly_and_weights_are_rounded_masters(tmp_path):
+    (losses, _, _), _ = on_ranks(tmp_path, 2, run, str(tmp_path / "run"), 0, 4, "bfloat16", 2, False)
+    resumed = on_ranks(tmp_path, 2, run, str(tmp_path / "run"), 2, 4, "bfloat16", None, False)
+    assert resumed[0][0] == losses[2:]
+    source = open_checkpoint(tmp_path / "run" / "step-2")
+    name = "lm_head.weight"
+    assert source.infos[name].slots == {
+        "weight": torch.bfloat16,
+        "master": torch.float32,
+        "exp_avg": torch.float32,
+        "exp_avg_sq": torch.float32,
+    }
+    weight, master = read_tensor(source, name, dtype=torch.bfloat16), read_tensor(source, name, "master")
+    assert torch.equal(weight, master.to(torch.bfloat16))
+    assert not torch.equal(weight.float(), master)
+
+
+class Trap:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_hostile_pickle_is_refused_and_does_nothing(tmp_path):
+    on_ranks(tmp_path, 1, run, str(tmp_path / "run"), 0, 1, "float32", 1)
+    folder = tmp_path / "run" / "step-1"
+    victim = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": Trap(str(tmp_path / "trapped"))}, victim)
+    with pytest.raises(InputError, match=r"optim_states.pt: damaged, or not a plain DeepSpeed file") as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "trapped").exists()
+
+    os.truncate(victim, 100)
+    with pytest.raises(InputError, match=r"optim_states.pt: damaged"):
+        open_checkpoint(folder)
+    victim.unlink()
+    with pytest.raises(InputError, match=r"optim_states.pt: missing"):
+        open_checkpoint(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config.json here or above"):
+        open_checkpoint(folder)
+
+
+def build_on_wrong_source(ranks, folder):
+    config = tiny_config()
+    source = open_checkpoint(folder)
+    object.__setattr__(source, "config", {**source.config, "num_hidden_layers": 2})
+    del config
+    how = EngineConfig(
+        micro_batch=1, accumulation=1, lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, clip=1, precision="float32"
+    )
+    Engine(source, how, ranks)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, tiny_folder):
+    folder = tiny_folder(num_hidden_layers=1)
+    (error,) = on_ranks(tmp_path, 1, build_on_wrong_source, str(folder))
+    assert isinstance(error, InputError)
+    assert "model.layers.1.self_attn.q_proj.weight is missing" in str(error)

@@ -1,0 +1,126 @@
+"""Log-probabilities against a plain softmax over full logits, one sequence at a time, in float64."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import eval.score
+from eval.score import Request, plan_batches, share_batches, token_logprobs, total
+from parallel.errors import InputError
+
+
+def requests(count=23, longest=40):
+    rng = np.random.Generator(np.random.Philox(3))
+    made = []
+    for at in range(count):
+        tokens = rng.integers(0, 258, size=rng.integers(2, longest)).tolist()
+        made.append(Request(name=f"r{at}", tokens=tokens, context=int(rng.integers(1, len(tokens) + 1))))
+    return made
+
+
+def oracle(model, request):
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        logits = double(torch.tensor([request.tokens])).logits[0]
+    table = torch.log_softmax(logits, dim=-1)
+    return np.array([table[at - 1, request.tokens[at]] for at in range(request.context, len(request.tokens))])
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 200, 10_000])
+def test_equals_full_softmax_whatever_the_batch(llama, batch_tokens):
+    model = llama()
+    made = requests()
+    for request, found in zip(made, token_logprobs(model, made, batch_tokens=batch_tokens), strict=True):
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, oracle(model, request), rtol=0, atol=1e-5)
+
+
+def test_a_float64_model_is_scored_in_float64(llama):
+    model = llama().double()
+    made = requests()
+    for request, found in zip(made, token_logprobs(model, made, batch_tokens=100), strict=True):
+        np.testing.assert_allclose(found, oracle(model, request), rtol=0, atol=1e-12)
+
+
+def test_logits_are_never_held_for_more_than_a_chunk(llama, monkeypatch):
+    model = llama(tie_word_embeddings=False)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, given, logits: seen.append(logits.shape[0]))
+    made = requests()
+    whole = token_logprobs(model, made, batch_tokens=10_000)
+    wanted = sum(len(request.tokens) - request.context for request in made)
+    assert seen == [wanted], "logits just where a token is scored"
+    seen.clear()
+    monkeypatch.setattr(eval.score, "LOGITS", 258 * 7)
+    pieces = token_logprobs(model, made, batch_tokens=10_000)
+    assert max(seen) == 7
+    assert sum(seen) == wanted
+    for one, other in zip(whole, pieces, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+class Given(Exception):
+    """Carries what a rank gives to the gather."""
+
+
+def give(part):
+    raise Given(part)
+
+
+def test_ranks_together_give_what_one_gives(llama):
+    model = llama()
+    made = requests()
+    alone = token_logprobs(model, made, batch_tokens=64)
+    parts = []
+    for rank in range(3):
+        with pytest.raises(Given) as caught:
+            token_logprobs(model, made, batch_tokens=64, rank=rank, world=3, gather=give)
+        parts.append(caught.value.args[0])
+    assert sorted(index for part in parts for index in part) == list(range(len(made))), "each request by one rank"
+    assert all(parts)
+    together = token_logprobs(model, made, batch_tokens=64, rank=1, world=3, gather=lambda part: parts)
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_plan_fits_the_budget_and_is_balanced():
+    rng = np.random.Generator(np.random.Philox(5))
+    lengths = rng.integers(1, 300, size=200).tolist()
+    batches = plan_batches(lengths, 256)
+    assert sorted(index for batch in batches for index in batch) == list(range(200))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= 256
+    assert sum(len(batch) * lengths[batch[0]] for batch in batches) < 1.15 * sum(lengths), "little padding"
+    costs = [len(batch) * lengths[batch[0]] for batch in batches]
+    loads = [sum(costs[index] for index in share) for share in share_batches(costs, 4)]
+    assert sum(loads) == sum(costs)
+    assert max(loads) - min(loads) <= max(costs)
+    assert share_batches([], 2) == [[], []]
+
+
+def test_nothing_to_score(llama):
+    assert token_logprobs(llama(), [], batch_tokens=64) == []
+    (found,) = token_logprobs(llama(), [Request(name="a", tokens=[256])], batch_tokens=64)
+    assert found.shape == (0,)
+
+
+def test_a_diverged_model_is_an_error_that_names_the_text(llama):
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    model.lm_head.weight = torch.nn.Parameter(llama(seed=1).lm_head.weight.detach())
+    fine = Request(name="document a", tokens=[1, 2, 3])
+    with pytest.raises(InputError, match=r"^document b: a log-probability is not finite; the model has diverged"):
+        token_logprobs(model, [fine, Request(name="document b", tokens=[1, 7, 3])], batch_tokens=64)
+
+
+def test_a_token_outside_the_vocabulary(llama):
+    with pytest.raises(InputError, match=r"^document c: token 300 is outside the model's vocabulary of 258; is this"):
+        token_logprobs(llama(), [Request(name="document c", tokens=[1, 300])], batch_tokens=64)
+
+
+def test_total_does_not_depend_on_the_order():
+    values = np.random.Generator(np.random.Philox(1)).normal(size=1000) * 10.0 ** np.arange(1000).clip(0, 12)
+    assert total(values) == total(values[::-1])
