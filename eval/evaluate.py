@@ -25,6 +25,7 @@ def evaluate_model(
     rank: int = 0,
     world: int = 1,
     gather: Gather | None = None,
+    even: bool = False,
 ) -> dict[str, Any]:
     """Score held-out documents and pairs of all languages; return plain JSON, the same on every rank.
 
@@ -46,7 +47,7 @@ def evaluate_model(
         requests += [request for part in cut for request in part]
     for found in pairs.values():
         requests += pair_requests(found, tokenizer)
-    scored = iter(token_logprobs(model, requests, batch_tokens=batch_tokens, rank=rank, world=world, gather=gather))
+    scored = iter(token_logprobs(model, requests, batch_tokens=batch_tokens, rank=rank, world=world, gather=gather, even=even))
     languages: dict[str, Any] = {language: {"documents": [], "pairs": []} for language in {**heldout, **pairs}}
     for language, documents in heldout.items():
         for document, count in zip(documents, windows[language], strict=True):

@@ -32,7 +32,7 @@ class Request:
     """Leading tokens that are given and not scored; at least 1."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def token_logprobs(
     model: PreTrainedModel,
     requests: Sequence[Request],
@@ -41,18 +41,19 @@ def token_logprobs(
     rank: int = 0,
     world: int = 1,
     gather: Gather | None = None,
+    even: bool = False,
 ) -> list[np.ndarray]:
     """Return ln p(token | tokens before it) (nats, float64 [S]) of every scored token of every request.
 
     Requests of similar length share a batch of at most `batch_tokens` tokens, padding included; a longer one is a batch
-    of its own. With `gather`, each of `world` ranks holds the whole model and scores its share of the batches; the
-    number of passes differs between ranks, so a model whose parameters are gathered collectively cannot be used.
+    of its own. With `gather`, each of `world` ranks scores its share of the batches. `even` makes every rank take the
+    same number of passes, repeating one if need be: a model whose parameters are gathered collectively (ZeRO-3) wants that.
 
     Raises:
         InputError: a token lies outside the model's vocabulary, or a log-probability is not finite.
     """
     assert not model.training, "scoring wants a model in eval mode"
-    vocab = model.get_output_embeddings().weight.shape[0]
+    vocab = model.config.vocab_size
     for request in requests:
         assert request.context >= 1, request
         if (largest := max(request.tokens, default=0)) >= vocab:
@@ -61,7 +62,10 @@ def token_logprobs(
                 "is this the tokenizer that the model was trained with?"
             )
     batches = plan_batches([len(request.tokens) for request in requests], batch_tokens)
-    mine = share_batches([len(batch) * len(requests[batch[0]].tokens) for batch in batches], world)[rank]
+    shares = share_batches([len(batch) * len(requests[batch[0]].tokens) for batch in batches], world)
+    mine = shares[rank]
+    if even and batches:
+        mine = mine + [0] * (max(len(share) for share in shares) - len(mine))
     found: dict[int, np.ndarray] = {}
     for number in mine:
         batch = batches[number]
@@ -115,7 +119,7 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[Request]) -> list[np.nd
     hidden = hidden.flatten(0, 1)[torch.cat(where).to(device)]  # [S, D]
     wanted = torch.cat(targets).to(device)  # [S]
     head = model.get_output_embeddings()
-    step = max(1, LOGITS // head.weight.shape[0])
+    step = max(1, LOGITS // model.config.vocab_size)
     logprobs = torch.empty(len(wanted), dtype=torch.float64, device=device)
     for start in range(0, len(wanted), step):
         piece = slice(start, start + step)

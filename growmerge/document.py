@@ -1,7 +1,6 @@
 """A YAML file as a tree of plain text values, each with its line; nothing of it is interpreted or executed here."""
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -142,9 +141,13 @@ class _Tree:
         line = key.start_mark.line + 1
         tag = key.tag.removeprefix(_STANDARD)
         if not isinstance(key, yaml.ScalarNode):
-            raise self._error(line, "a key has to be text, not a list or mapping (quote keys that begin with a bracket)")
+            raise self._error(
+                line, "a key has to be text, not a list or mapping (quote keys that begin with a bracket)"
+            )
         if tag not in ("str", "merge"):
-            raise self._error(line, f'the key {key.value} is read as {tag} by YAML: write it in quotes, "{key.value}"')
+            raise self._error(line, f"the key {key.value!r} is read as {tag} by YAML: write it in quotes")
+        if not key.value.isprintable():
+            raise self._error(line, f"the key {key.value!r} holds a control character")
         return str(key.value)
 
     def _merge(self, node: yaml.Node) -> dict[str, Item]:
@@ -158,21 +161,3 @@ class _Tree:
 
     def _error(self, line: int, problem: str) -> InputError:
         return InputError(f"{self._path}:{line}: {problem}")
-
-
-def variables_in(text: str) -> list[str]:
-    """Return the names in braces in a text: `{setup}-swe` -> [setup]."""
-    return [part.partition("}")[0] for part in text.split("{")[1:] if "}" in part]
-
-
-def fill(text: str, values: Mapping[str, str]) -> str:
-    """Return a text with every `{variable}` replaced by its value; unknown ones stay.
-
-    What a value itself holds in braces is not filled in.
-    """
-    head, *parts = text.split("{")
-    out = head
-    for part in parts:
-        name, brace, rest = part.partition("}")
-        out += values[name] + rest if brace and name in values else "{" + part
-    return out

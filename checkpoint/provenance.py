@@ -1,0 +1,35 @@
+"""Where a model comes from: its parents, all known ancestors, and whether it stems from a given base.
+
+A record is what `growmerge.json` holds: `name`; `hash`, of the written data; `parents`, a list of {name, hash};
+`ancestors`, every known hash above. A parent without a record has the hash None.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def descend(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `parents` and `ancestors` of what is made from the models with these records."""
+    known = {
+        value for record in records for value in (record.get("hash"), *record.get("ancestors", ())) if value is not None
+    }
+    return {
+        "parents": [{"name": record.get("name"), "hash": record.get("hash")} for record in records],
+        "ancestors": sorted(known),
+    }
+
+
+def stems_from(record: Mapping[str, Any], base: Mapping[str, Any]) -> bool | None:
+    """Return whether a model is the base or descends from it; None if the records do not tell.
+
+    They do not if the base has no hash, or if the model has no record or a parent without one.
+    """
+    wanted = base.get("hash")
+    if wanted is None:
+        return None
+    if wanted == record.get("hash") or wanted in record.get("ancestors", ()):
+        return True
+    parents = record.get("parents")
+    if parents is None or any(parent.get("hash") is None for parent in parents):
+        return None
+    return False

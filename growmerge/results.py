@@ -1,0 +1,269 @@
+"""The run's results: what the stages left, gathered into one plain structure, and the report made from it."""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from checkpoint.files import read_json, write_bytes, write_json
+from eval.bootstrap import difference_interval
+from growmerge.context import Context
+from growmerge.graph import match
+from growmerge.report import analyse, render
+from growmerge.schema import Study
+from growmerge.tasks import Task
+from growmerge.texts import tokenizer_of
+from parallel.families import family_of
+from train.data.corpus import read_corpus
+from train.loop import read_metrics
+
+PACKAGES = ("growmerge", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "submitit")
+
+
+def do_report(context: Context, task: Task) -> None:
+    """Write report.html, report.md and results.json into the task's folder and beside the stages, and links to models."""
+    memory = context.ranks.gather(peak_memory())
+    context.once(lambda: _write(context, task, sum(memory)))
+
+
+def peak_memory() -> float:
+    """Return this process' largest resident size so far (GB)."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _write(context: Context, task: Task, memory_gb: float) -> None:
+    raw = gather(context, memory_gb)
+    results = analyse(raw)
+    html, markdown = render(results)
+    files = {
+        "report.html": html.encode(),
+        "report.md": markdown.encode(),
+        "results.json": (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode(),
+    }
+    for name, data in files.items():
+        write_bytes(task.folder / name, data)
+        write_bytes(context.workdir / name, data)
+    failed = [
+        f"{check['model']} on {check['language']} beats the {check['baseline']} model by {check['value']:.3f} "
+        f"[{check['low']:.3f}, {check['high']:.3f}] bits per byte; at least {check['by']:g} was asked for"
+        for check in results["checks"]
+        if not check["passed"]
+    ]
+    write_json(task.folder / "outcome.json", {"failed_checks": failed})
+    _link_models(context)
+
+
+def _link_models(context: Context) -> None:
+    """Make `models/<stage>`, a link to each model's folder, anew."""
+    links = context.workdir / "models"
+    if links.is_dir():
+        shutil.rmtree(links)
+    links.mkdir()
+    for name in context.nodes:
+        target = os.path.relpath(context.folder(name) / "model", links)
+        (links / name).symlink_to(target, target_is_directory=True)
+
+
+def gather(context: Context, memory_gb: float) -> dict[str, Any]:
+    """Return every number of the run as plain JSON (the contract of growmerge.report), timings in a part of their own."""
+    pipeline = context.pipeline
+    scored = {name: read_json(context.folder(f"evaluate/{name}") / "scores.json") for name in context.nodes}
+    metrics = {
+        name: read_metrics(context.folder(name) / "metrics.jsonl")
+        for name, node in context.nodes.items()
+        if node.verb == "train"
+    }
+    scores = {
+        name: {language: entry["documents"] for language, entry in found["languages"].items()}
+        for name, found in scored.items()
+    }
+    baselines = read_json(context.folder("baselines") / "baselines.json")
+    raw: dict[str, Any] = {
+        "name": pipeline.name,
+        "title": pipeline.title,
+        "seed": pipeline.seed,
+        "confidence": pipeline.evaluation.confidence,
+        "resamples": pipeline.evaluation.resamples,
+        "languages": {language: corpus.name for language, corpus in pipeline.corpora.items()},
+        "corpora": _corpora(context),
+        "tokenizer": _tokenizer(context),
+        "models": _models(context),
+        "scores": scores,
+        "pairs": {
+            name: {language: _pairs(entry["pairs"]) for language, entry in found["languages"].items()}
+            for name, found in scored.items()
+        },
+        "baselines": baselines,
+        "curves": {name: _curve(lines) for name, lines in metrics.items()},
+        "losses": {name: [[line["step"], line["loss"]] for line in lines if "loss" in line] for name, lines in metrics.items()},
+        "growth": [_growth(context, name) for name, node in context.nodes.items() if node.verb == "grow"],
+        "checks": checks(context, scores, baselines),
+        "samples": [sample for found in scored.values() for sample in found["samples"]],
+        "graph": [{"name": node.name, "verb": node.verb, "inputs": list(node.inputs)} for node in context.nodes.values()],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "timings": _timings(context, memory_gb),
+    }
+    if pipeline.study is not None:
+        raw["study"] = study_stages(pipeline.study, list(pipeline.study.languages))
+    return raw
+
+
+def study_stages(study: Study, languages: list[str]) -> dict[str, Any]:
+    """Return the stages that the study's templates stand for."""
+    setups = study.setups
+    return {
+        "source_language": study.source_language,
+        "languages": languages,
+        "setups": list(setups),
+        "methods": list(study.methods),
+        "seed": study.seed,
+        "base": {setup: study.base.format(setup=setup) for setup in setups},
+        "adapted": {
+            setup: {language: study.adapted.format(setup=setup, language=language) for language in languages}
+            for setup in setups
+        },
+        "joint": {setup: study.joint.format(setup=setup) for setup in setups},
+        "merged": {
+            setup: {method: study.merged.format(setup=setup, method=method) for method in study.methods}
+            for setup in setups
+        },
+    }
+
+
+def checks(context: Context, scores: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return each check of the pipeline file with its figure: bits per byte by which a model beats the baseline.
+
+    A check is passed if the whole interval of the paired difference lies beyond what was asked for.
+    """
+    found = []
+    evaluation = context.pipeline.evaluation
+    for check in context.pipeline.checks:
+        for model in dict.fromkeys(name for template in check.models for name in match(context.nodes, template)):
+            ours, theirs = scores[model][check.language], baselines[check.language][check.beats]
+            interval = difference_interval(
+                [row[1] for row in theirs],
+                [row[1] for row in ours],
+                [row[2] for row in ours],
+                resamples=evaluation.resamples,
+                confidence=evaluation.confidence,
+                seed=context.pipeline.seed,
+            )
+            found.append(
+                {
+                    "model": model,
+                    "language": check.language,
+                    "baseline": check.beats,
+                    "by": check.by,
+                    **asdict(interval),
+                    "passed": interval.low >= check.by,
+                }
+            )
+    return found
+
+
+def _corpora(context: Context) -> dict[str, Any]:
+    found = {}
+    for language in context.pipeline.corpora:
+        metadata = read_corpus(context.folder("text"), language).metadata
+        found[language] = {
+            "sources": metadata["sources"],
+            "documents": metadata["training"]["documents"],
+            "bytes": metadata["training"]["bytes"],
+            "tokens": _tokens_of(context, language),
+            "heldout_documents": metadata["heldout"]["documents"],
+            "heldout_bytes": metadata["heldout"]["bytes"],
+            "dropped": metadata["dropped_passages"],
+        }
+    return found
+
+
+def _tokens_of(context: Context, language: str) -> int:
+    """Return the tokens of a language's training text: of the whole, or of its splits together."""
+    folder = context.folder("tokens")
+    if (folder / f"{language}.json").is_file():
+        return int(read_json(folder / f"{language}.json")["tokens"])
+    return sum(int(read_json(path)["tokens"]) for path in sorted(folder.glob(f"{language}.*.json")))
+
+
+def _tokenizer(context: Context) -> dict[str, Any]:
+    tokenizer = tokenizer_of(context)
+    fertility = {}
+    for language in context.pipeline.corpora:
+        texts = [document.text for document in read_corpus(context.folder("text"), language).heldout]
+        tokens = sum(len(tokenizer.encode(text)) for text in texts)
+        fertility[language] = sum(len(text.encode()) for text in texts) / tokens
+    return {"vocab_size": tokenizer.vocab_size, "bytes_per_token": fertility}
+
+
+def _models(context: Context) -> dict[str, Any]:
+    models: dict[str, Any] = {}
+    for name, node in context.nodes.items():
+        config = read_json(context.folder(name) / "model" / "config.json")
+        parameters = family_of(config).parameters(config)
+        plan = context.tasks[name].config.get("training")
+        tokens = plan["steps"] * plan["global_batch"] * plan["sequence_length"] if plan else 0
+        flops = 6 * parameters * tokens
+        models[name] = {
+            "verb": node.verb,
+            "parents": list(node.inputs),
+            "parameters": parameters,
+            "steps": plan["steps"] if plan else 0,
+            "tokens": tokens,
+            "flops": flops,
+            "total_flops": flops + sum(models[parent]["total_flops"] for parent in node.inputs),
+            "path": f"models/{name}",
+            "method": context.tasks[name].config.get("method"),
+        }
+    return models
+
+
+def _pairs(rows: list[list[Any]]) -> dict[str, dict[str, int]]:
+    """Count right pairs: swaps by summed log-probability, drops a token (a sum favours the shorter sentence)."""
+    counts: dict[str, dict[str, int]] = {}
+    for good, bad, good_tokens, bad_tokens, kind in rows:
+        right = good > bad if kind == "swap" else good / good_tokens > bad / bad_tokens
+        entry = counts.setdefault(kind, {"correct": 0, "n": 0})
+        entry["correct"] += right
+        entry["n"] += 1
+    return counts
+
+
+def _curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": line["step"],
+            "tokens": line["tokens"],
+            "scores": {name: entry["documents"] for name, entry in line["evaluation"]["languages"].items()},
+        }
+        for line in lines
+        if "evaluation" in line
+    ]
+
+
+def _growth(context: Context, name: str) -> dict[str, Any]:
+    return dict(read_json(context.folder(name) / "growth.json"))
+
+
+def _timings(context: Context, memory_gb: float) -> dict[str, Any]:
+    """Return what the run cost; of stages that an earlier run did, what they cost then."""
+    seconds: dict[str, float] = {}
+    log = context.workdir / "log.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        event = json.loads(line)
+        if event["event"] == "done":
+            seconds[event["stage"]] = event["seconds"]
+    return {
+        "wall_s": round(context.resources.elapsed, 1),
+        "cores": os.cpu_count(),
+        "ranks": context.ranks.world_size,
+        "peak_memory_gb": round(memory_gb, 2),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(context.resources.began)),
+        "stages": seconds,
+    }

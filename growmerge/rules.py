@@ -1,0 +1,226 @@
+"""What values of the pipeline file can be: ranges of single numbers, and what the keys of one mapping owe each other."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from growmerge.schema import (
+    Check,
+    Corpus,
+    Evaluation,
+    GrowStage,
+    HeldOut,
+    MergeStage,
+    ModelConfig,
+    Pipeline,
+    Resources,
+    Stage,
+    Study,
+    TextSource,
+    TokenizerConfig,
+    Training,
+)
+from parallel.errors import one_of
+
+Problem = tuple[str, str]
+"""Where (a key inside the mapping, or empty for the mapping itself) and what is wrong there."""
+NAME = re.compile(r"\w[\w.+-]{0,99}")
+"""Names become folders and jobs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Numbers that are allowed."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    inside: bool = False
+    """Whether the ends themselves are left out."""
+
+    def refuses(self, number: float) -> bool:
+        if self.inside:
+            return not self.least < number < self.most
+        return not self.least <= number <= self.most
+
+    @property
+    def allowed(self) -> str:
+        """The range in words."""
+        low, high = ("above", "below") if self.inside else ("at least", "at most")
+        ends = [(low, self.least), (high, self.most)]
+        return " and ".join(f"{word} {end:g}" for word, end in ends if math.isfinite(end))
+
+
+ABOVE_0 = Range(least=0, inside=True)
+FROM_0 = Range(least=0)
+FROM_1 = Range(least=1)
+SHARE = Range(least=0, most=1)
+INNER_SHARE = Range(least=0, most=1, inside=True)
+
+RANGES: Mapping[type, Mapping[str, Range]] = {
+    TextSource: {"min_words": FROM_1},
+    HeldOut: {"share": INNER_SHARE, "max_bytes": FROM_1, "ngram": FROM_1},
+    TokenizerConfig: {"vocab_size": Range(least=258)},  # 256 bytes, and the begin and end of a text
+    ModelConfig: {
+        "hidden_size": FROM_1,
+        "num_hidden_layers": Range(least=1, most=10_000),
+        "num_attention_heads": FROM_1,
+        "num_key_value_heads": FROM_1,
+        "intermediate_size": FROM_1,
+        "max_position_embeddings": FROM_1,
+        "rope_theta": ABOVE_0,
+        "rms_norm_eps": ABOVE_0,
+    },
+    Training: {
+        "steps": FROM_1,
+        "sequence_length": FROM_1,
+        "global_batch": FROM_1,
+        "micro_batch": FROM_1,
+        "lr": FROM_0,
+        "warmup": FROM_0,
+        "decay": SHARE,
+        "betas": Range(least=0, most=0.999999),
+        "eps": ABOVE_0,
+        "weight_decay": FROM_0,
+        "clip": ABOVE_0,
+        "checkpoint_every": FROM_1,
+        "evaluate_every": FROM_0,
+    },
+    GrowStage: {"width": Range(least=1, most=1000)},
+    MergeStage: {"density": SHARE},
+    Evaluation: {
+        "stride": FROM_1,
+        "window": FROM_1,
+        "pairs": FROM_0,
+        "resamples": FROM_1,
+        "confidence": INNER_SHARE,
+        "sample_tokens": FROM_0,
+    },
+    Check: {"by": FROM_0},
+    Resources: {"ranks": FROM_1, "threads": FROM_1, "minutes": FROM_1, "memory_gb": FROM_1},
+    Pipeline: {"seed": FROM_0},
+}
+"""By dataclass and field; for a list, the range of each number in it."""
+
+
+def text_source(source: TextSource) -> Iterator[Problem]:
+    if source.files is None:
+        missing = "`files`: which files of the wheel" if source.package else "`files` (a glob) or `package`"
+        yield "", f"no text: it needs {missing}"
+    for name in ("sha256", "python_version"):
+        if source.package is None and getattr(source, name) is not None:
+            yield name, "has a meaning for a `package` alone, and none is given"
+    if source.package is not None and not re.fullmatch(r"[\w.-]+==[\w.+!-]+", source.package):
+        yield "package", f"{source.package!r} is not pinned: write name==version, such as homeassistant==2025.4.4"
+    if source.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", source.sha256):
+        yield "sha256", f"{source.sha256!r} is not a SHA-256: 64 hexadecimal digits in lower case"
+
+
+def corpus(corpus: Corpus) -> Iterator[Problem]:
+    if not corpus.sources:
+        yield "sources", "language without text: the list of sources is empty"
+    for name, share in corpus.splits.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            yield f"splits.{name}", f"{name!r} cannot be a split's name: use letters, digits, - and _"
+        if not 0 < share <= 1:
+            yield f"splits.{name}", f"{share:g} is not a share: allowed is above 0 and at most 1"
+    if corpus.splits and abs(sum(corpus.splits.values()) - 1) > 1e-6:
+        yield "splits", f"the shares add up to {sum(corpus.splits.values()):g}, not to 1"
+
+
+def model(model: ModelConfig) -> Iterator[Problem]:
+    hidden, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
+    if hidden % heads:
+        yield "num_attention_heads", f"{heads} heads do not divide hidden_size {hidden}"
+    elif hidden // heads % 2:
+        yield (
+            "num_attention_heads",
+            f"{heads} heads of {hidden // heads}: rotary embedding needs an even size of a head",
+        )
+    if heads % kv_heads:
+        yield "num_key_value_heads", f"{kv_heads} kv heads do not divide num_attention_heads {heads}"
+
+
+def training(training: Training) -> Iterator[Problem]:
+    if training.steps is not None and training.warmup > training.steps:
+        yield "warmup", f"{training.warmup} steps of warm-up are more than the run's {training.steps} steps"
+
+
+def stage(stage: Stage) -> Iterator[Problem]:
+    verbs = [verb for verb in ("train", "grow", "merge") if getattr(stage, verb) is not None]
+    if len(verbs) != 1:
+        yield "", f"a stage is exactly one of train, grow, merge; given are {' and '.join(verbs) or 'none'}"
+    for variable, values in stage.each.items():
+        if not values:
+            yield f"each.{variable}", "the list of values is empty"
+
+
+def merge(merge: MergeStage) -> Iterator[Problem]:
+    if not merge.from_:
+        yield "from_", "no models to merge: the list is empty"
+    if merge.method == "ties" and merge.base is None:
+        yield "", "method ties needs `base`, the stage or checkpoint that the models all started from"
+    if merge.weights and len(merge.weights) != len(merge.from_):
+        yield "weights", f"{len(merge.weights)} weights for {len(merge.from_)} models: give one a model"
+    elif merge.weights and merge.normalize and abs(sum(merge.weights)) < 1e-12:
+        yield "weights", "the weights add up to 0, and `normalize` divides by their sum"
+
+
+def study(study: Study) -> Iterator[Problem]:
+    for name in ("languages", "setups"):
+        if not getattr(study, name):
+            yield name, "the list is empty"
+
+
+def check(check: Check) -> Iterator[Problem]:
+    if not check.models:
+        yield "models", "the list is empty"
+
+
+def pipeline(pipeline: Pipeline) -> Iterator[Problem]:
+    if not NAME.fullmatch(pipeline.name):
+        yield "name", f"{pipeline.name!r} cannot be a name: it becomes a folder; use letters, digits and . _ + -"
+    for key in ("corpora", "mixtures", "stages"):
+        if not getattr(pipeline, key):
+            yield key, "language without text: no corpus is given" if key == "corpora" else "none is given"
+    for language in pipeline.corpora:
+        if not re.fullmatch(r"[\w-]+", language):
+            yield f"corpora.{language}", f"{language!r} cannot be a language's code: use letters, digits, - and _"
+    for language in pipeline.tokenizer.train_on:
+        if language not in pipeline.corpora:
+            yield "tokenizer.train_on", f"language without text: {one_of('corpus', language, pipeline.corpora)}"
+    for name, weights in pipeline.mixtures.items():
+        yield from _mixture(pipeline, name, weights)
+    window = pipeline.evaluation.window or pipeline.training.sequence_length
+    if pipeline.evaluation.stride and pipeline.evaluation.stride > window:
+        yield "evaluation.stride", f"{pipeline.evaluation.stride} is longer than the window of {window} tokens"
+
+
+def _mixture(pipeline: Pipeline, name: str, weights: Mapping[str, float]) -> Iterator[Problem]:
+    """A mixture's names are corpora and splits of them, its weights positive."""
+    if not weights:
+        yield f"mixtures.{name}", "the mixture is empty: give weights of corpora, such as {eng: 1}"
+    for part, weight in weights.items():
+        language, dot, split = part.partition(".")
+        where = f"mixtures.{name}.{part}"
+        if language not in pipeline.corpora:
+            yield where, f"language without text: {one_of('corpus', language, pipeline.corpora)}"
+        elif dot and split not in pipeline.corpora[language].splits:
+            yield where, one_of(f"split of {language}", split, pipeline.corpora[language].splits)
+        if weight <= 0:
+            yield where, f"{weight:g} is not a weight: allowed is above 0"
+
+
+RULES: Mapping[type, Callable[[Any], Iterator[Problem]]] = {
+    TextSource: text_source,
+    Corpus: corpus,
+    ModelConfig: model,
+    Training: training,
+    Stage: stage,
+    MergeStage: merge,
+    Study: study,
+    Check: check,
+    Pipeline: pipeline,
+}
+"""By dataclass: what its keys owe each other. The first problem found is the one that is told."""

@@ -1,0 +1,257 @@
+"""The stages of a pipeline file: train, grow, merge, and the plain Hugging Face folder that each ends in."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoint import manifest
+from checkpoint.files import read_json, write_bytes, write_json
+from checkpoint.memory import ScratchSource
+from checkpoint.open import open_checkpoint
+from checkpoint.safetensors import SafetensorsLayout
+from checkpoint.source import Source
+from checkpoint.writer import write_checkpoint
+from checkpoint.zero3 import open_zero3
+from eval.evaluate import evaluate_model
+from eval.model import load_model
+from growmerge import __version__
+from growmerge.cards import card
+from growmerge.context import Context
+from growmerge.tasks import Task
+from growmerge.texts import heldout_documents, tokenizer_of
+from merge.merge import merge
+from parallel.errors import InputError
+from train.data.corpus import read_corpus
+from train.data.order import Mixture
+from train.data.tokenizer import TextTokenizer
+from train.data.tokens import open_tokens
+from train.loop import RunPlan, train
+from upscale.grow import Recipe, grow
+from upscale.verify import compare
+
+EXACT = 1e-5
+"""Largest difference of held-out losses (nats a token, float32) at which growth counts as exact."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def do_train(context: Context, task: Task) -> None:
+    config = task.config
+    tokenizer = tokenizer_of(context)
+    plan = RunPlan(**{key: tuple(value) if isinstance(value, list) else value for key, value in config["training"].items()})
+    mixture, files = config["mixture"], {}
+    for name in mixture:
+        files[name] = open_tokens(context.folder("tokens") / name)
+    order = Mixture(
+        names=tuple(mixture),
+        weights=tuple(mixture.values()),
+        sizes=tuple(files[name].sequences(plan.sequence_length) for name in mixture),
+        seed=config["seed"],
+    )
+
+    def sample(number: int) -> np.ndarray:
+        name, index, _ = order.sample(number)
+        return files[name].sequence(index, plan.sequence_length)
+
+    languages = trained_languages(context, task)
+    heldout = {name: documents for name, documents in heldout_documents(context).items() if name in languages}
+
+    def evaluate(model: Any) -> Mapping[str, Any]:
+        return evaluate_model(
+            model,
+            tokenizer,
+            heldout,
+            {},
+            window=config["evaluation"]["window"],
+            stride=config["evaluation"]["stride"],
+            rank=context.ranks.rank,
+            world=context.ranks.world_size,
+            gather=context.ranks.gather,
+            even=True,
+        )
+
+    def start() -> Source:
+        if config["from_"] == "scratch":
+            return ScratchSource(config=scratch_config(config["model"], tokenizer), seed=config["seed"])
+        source = open_checkpoint(context.model(config["from_"]))
+        if source.config["vocab_size"] < tokenizer.vocab_size:
+            raise InputError(
+                f"{task.name}: the tokenizer has {tokenizer.vocab_size} entries, "
+                f"the model {config['from_']} only {source.config['vocab_size']}"
+            )
+        return source
+
+    hf_config = dict(start().config)
+    last = train(
+        start,
+        plan,
+        sample,
+        context.ranks,
+        task.folder,
+        seed=config["seed"],
+        files={"config.json": (json.dumps(hf_config, indent=2) + "\n").encode()},
+        evaluate=evaluate,
+        report=lambda event: context.report({**event, "stage": task.name}),
+    )
+    context.once(lambda: _export(context, task, open_zero3(last)))
+
+
+def scratch_config(model: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Return the Hugging Face config of a model from scratch."""
+    keys = {key: value for key, value in model.items() if key not in ("family", "rope_theta")}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": model["family"],
+        **keys,
+        "head_dim": model["hidden_size"] // model["num_attention_heads"],
+        "rope_parameters": {"rope_theta": model["rope_theta"], "rope_type": "default"},
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": None,
+    }
+
+
+def trained_languages(context: Context, task: Task) -> list[str]:
+    """Return the languages of a training stage's mixture and, for the forgetting, the study's source language."""
+    names = {name.partition(".")[0] for name in task.config["mixture"]}
+    if context.pipeline.study is not None:
+        names.add(context.pipeline.study.source_language)
+    return [language for language in context.pipeline.corpora if language in names]
+
+
+def do_grow(context: Context, task: Task) -> None:
+    config = task.config
+    recipe = Recipe(width=config["width"], method=config["method"], seed=config["seed"])
+
+    def action() -> None:
+        small = open_checkpoint(context.model(config["from_"]))
+        _export(context, task, grow(small, recipe))
+        grown = open_checkpoint(task.folder / "model")
+        tokenizer = tokenizer_of(context)
+        texts = [document.text for documents in heldout_documents(context).values() for document in documents]
+        length = config_window(context, small)
+        found = compare(load_model(small), load_model(grown), token_batches(texts, tokenizer, length))
+        write_json(
+            task.folder / "growth.json",
+            {
+                "stage": task.name,
+                "from": config["from_"],
+                "method": config["method"],
+                "loss_small": found.loss_small,
+                "loss_grown": found.loss_grown,
+                "difference": found.loss_difference,
+                "max_logit_difference": found.max_logit_difference,
+            },
+        )
+        if small.infos["model.embed_tokens.weight"].slots["weight"] == torch.float32 and found.loss_difference > EXACT:
+            raise InputError(f"{task.name}: growth is not exact: held-out loss differs by {found.loss_difference:.1e}")
+
+    context.once(action)
+
+
+def config_window(context: Context, source: Source) -> int:
+    """Return the sequence length to verify with (tokens)."""
+    return min(context.pipeline.training.sequence_length, source.config["max_position_embeddings"])
+
+
+def token_batches(texts: Sequence[str], tokenizer: TextTokenizer, length: int, rows: int = 16) -> list[torch.Tensor]:
+    """Return the texts, joined, as batches of token ids [B, T]; what does not fill a row is left out."""
+    ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos]]
+    whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return list(whole.split(rows))
+
+
+def do_merge(context: Context, task: Task) -> None:
+    config = task.config
+
+    def action() -> None:
+        merged = merge(
+            [open_checkpoint(context.model(name)) for name in config["from_"]],
+            config["method"],
+            base=open_checkpoint(context.model(config["base"])) if config["base"] else None,
+            weights=config["weights"] or None,
+            density=config["density"],
+            scale=config["scale"],
+            normalize=config["normalize"],
+        )
+        _export(context, task, merged)
+
+    context.once(action)
+
+
+def _export(context: Context, task: Task, source: Source) -> None:
+    """Write a stage's model as a plain Hugging Face folder, with tokenizer, provenance and card."""
+    names = [*dict.fromkeys(_parents(task))]
+    folders = {name: context.model(name) for name in names}
+    records = {name: _provenance(folder) for name, folder in folders.items()}
+    parents = [{"name": name, "hash": records[name].get("hash")} for name in names]
+    ancestors = {
+        value
+        for record in records.values()
+        for value in [record.get("hash"), *record.get("ancestors", [])]
+        if value is not None
+    }
+    about = {
+        "format": 1,
+        "name": task.name,
+        "verb": task.verb,
+        "recipe": dict(task.config),
+        "parents": parents,
+        "ancestors": sorted(ancestors),
+        "tokens": source.run.tokens,
+        "versions": {"growmerge": __version__, "torch": torch.__version__},
+    }
+    tokenizer = context.folder("tokens") / "tokenizer"
+    files = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir()) if path.name != manifest.NAME}
+    write_checkpoint(
+        source,
+        task.folder / "model",
+        SafetensorsLayout(dtype=DTYPES[task.config["precision"]]),
+        workers=context.resources.threads,
+        about=about,
+        extra_files=files,
+    )
+    write_card(context, task, None)
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    path = folder / "growmerge.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _parents(task: Task) -> list[str]:
+    """Return what a stage was made from, as the pipeline file names it."""
+    start = task.config["from_"]
+    named = [start] if isinstance(start, str) else list(start)
+    return [name for name in [*named, task.config.get("base")] if name and name != "scratch"]
+
+
+def write_card(context: Context, task: Task, results: Mapping[str, Any] | None) -> None:
+    seen = _languages_seen(context, task.name)
+    folder = context.folder("text")
+    text = card(
+        name=task.name,
+        verb=task.verb,
+        pipeline=context.pipeline.name,
+        recipe={key: value for key, value in task.config.items() if key not in ("stamps", "evaluation")},
+        parents=_parents(task),
+        corpora={name: read_corpus(folder, name).metadata for name in context.pipeline.corpora if name in seen},
+        results=results,
+    )
+    write_bytes(task.folder / "model" / "README.md", text.encode())
+
+
+def _languages_seen(context: Context, stage: str) -> set[str]:
+    """Return the languages that a stage's model or any of its ancestors was trained on."""
+    task = context.tasks[stage]
+    seen = {name.partition(".")[0] for name in task.config.get("mixture", {})}
+    for name in context.nodes[stage].inputs:
+        seen |= _languages_seen(context, name)
+    return seen

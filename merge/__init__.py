@@ -1,0 +1,1 @@
+"""Merging: methods as pure functions on tensors, and the source that applies them box by box."""

@@ -1,0 +1,143 @@
+"""From a recipe to what becomes of each axis: how often it is copied, and in which order the copies stand.
+
+Copies stand in tile order, [x; x; ..], so that growth stays local to tensor-parallel shards. The one exception are
+query heads that grow more than the key/value heads: their copies have to stay with the head that they attend to.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from parallel.errors import InputError, one_of
+from parallel.families import Tensor, family_of
+
+Method = Literal["exact-split", "symmetric"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to grow, by whole factors; `width` is the factor of all that is not named."""
+
+    width: int = 1
+    hidden: int | None = None
+    """Factor of the residual stream."""
+    heads: int | None = None
+    """Factor of the query heads, a multiple of the key/value heads' factor."""
+    kv_heads: int | None = None
+    """Factor of the key/value heads."""
+    ffn: int | None = None
+    """Factor of the feed-forward width."""
+    method: Method = "exact-split"
+    """How a weight is shared among the copies of its input: unequal parts that add up exactly, or equal parts."""
+    seed: int = 0
+    """Decides the unequal parts."""
+
+    def factors(self) -> dict[str, int]:
+        """Return the factor of each part.
+
+        Raises:
+            InputError: a factor is not a whole number from 1 on, or the method is unknown.
+        """
+        if self.method not in get_args(Method):
+            raise InputError(one_of("growth method", self.method, get_args(Method)))
+        given = {"hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads, "ffn": self.ffn}
+        found = {part: self.width if factor is None else factor for part, factor in given.items()}
+        for part, factor in found.items():
+            if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+                raise InputError(f"growth factor of {part} is {factor!r}: allowed are whole numbers from 1 on")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A piece of a grown axis that is copied from one contiguous piece of the small axis."""
+
+    copy: int
+    """Which copy it belongs to."""
+    source: tuple[int, int]
+    """Start and stop on the small axis."""
+    target: slice
+    """Where it stands, counted from the start of the piece that was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisGrowth:
+    """What becomes of an axis: runs of elements stay together, each repeated, and the whole of it tiled."""
+
+    size: int
+    """Elements of the small axis."""
+    copies: int = 1
+    run: int
+    """Elements that stay together: the whole axis in tile order."""
+    repeats: int = 1
+    """How often a run is repeated before the next one follows; divides `copies`."""
+
+    def runs(self, part: slice) -> Iterator[Run]:
+        """Cut a piece of the grown axis into runs, in order."""
+        groups = self.size // self.run
+        for number in range(part.start // self.run, -(-part.stop // self.run)):
+            tile, rest = divmod(number, groups * self.repeats)
+            group, repeat = divmod(rest, self.repeats)
+            start, stop = max(part.start, number * self.run), min(part.stop, (number + 1) * self.run)
+            shift = (group - number) * self.run
+            yield Run(
+                copy=tile * self.repeats + repeat,
+                source=(start + shift, stop + shift),
+                target=slice(start - part.start, stop - part.start),
+            )
+
+
+def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGrowth]:
+    """Return what becomes of each axis of a family's table.
+
+    Raises:
+        InputError: a factor that cannot keep the function (see `Recipe`), or a shape that transformers refuses.
+    """
+    factors = recipe.factors()
+    sizes = family_of(config).axes(config)
+    heads, kv_heads = factors["heads"], factors["kv_heads"]
+    if heads % kv_heads:
+        raise InputError(
+            f"growth factor of heads is {heads}: allowed are multiples of that of kv_heads, {kv_heads}, "
+            "so that each query head keeps its key/value head"
+        )
+    copies = {"hidden": factors["hidden"], "q": heads, "kv": kv_heads, "ffn": factors["ffn"]}
+    found = {
+        axis: AxisGrowth(size=size, copies=copies.get(axis, 1), run=max(1, size)) for axis, size in sizes.items()
+    }
+    if heads != kv_heads:
+        # Head i attends to key/value head i // group: a group's copies have to follow it at once.
+        group = sizes["q"] // (sizes["kv"] // sizes["head_dim"])
+        found["q"] = AxisGrowth(size=sizes["q"], copies=heads, run=group, repeats=heads // kv_heads)
+    grown = grown_config(recipe, config)
+    if grown["model_type"] == "llama" and grown["hidden_size"] % grown["num_attention_heads"]:
+        raise InputError(
+            f"hidden size {grown['hidden_size']} and {grown['num_attention_heads']} heads after growth: "
+            "transformers' Llama allows a hidden size that is a multiple of the heads alone"
+        )
+    return found
+
+
+def grown_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Hugging Face config of the grown model; `head_dim` is kept and becomes explicit."""
+    factors = recipe.factors()
+    heads = config["num_attention_heads"]
+    return {
+        **config,
+        "hidden_size": config["hidden_size"] * factors["hidden"],
+        "num_attention_heads": heads * factors["heads"],
+        "num_key_value_heads": (config.get("num_key_value_heads") or heads) * factors["kv_heads"],
+        "intermediate_size": config["intermediate_size"] * factors["ffn"],
+        "head_dim": family_of(config).axes(config)["head_dim"],
+    }
+
+
+def divided_dim(tensor: Tensor, tied: bool) -> int | None:
+    """Return the dim whose copies share each value, since the model sums over them; None if all is copied as it is.
+
+    That is a matrix's input. With tied embeddings the head cannot be divided: the final norm is, as nothing else
+    reads it.
+    """
+    if tensor.kind in ("matrix", "head"):
+        return 1
+    return 0 if tensor.kind == "final_norm" and tied else None

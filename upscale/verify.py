@@ -1,0 +1,93 @@
+"""Is the function preserved, and do the copies differ? The two questions that every grown model has to answer."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from upscale.factors import AxisGrowth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preservation:
+    """How far a grown model is from the small one on given text."""
+
+    max_logit_difference: float
+    relative: float
+    """The same, as a share of the small model's largest absolute logit."""
+    mean_kl: float
+    """Mean KL divergence of the grown model's next-token distribution from the small one's (nats)."""
+    argmax_agreement: float
+    """Share of the positions at which both expect the same token."""
+    loss_small: float
+    """Mean cross-entropy of the next token (nats)."""
+    loss_grown: float
+
+    @property
+    def loss_difference(self) -> float:
+        return abs(self.loss_grown - self.loss_small)
+
+
+@torch.inference_mode()
+def compare(small: PreTrainedModel, grown: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Preservation:
+    """Run both models on token ids [B, T] and compare their logits [B, T, V].
+
+    The models compute in the dtype that they were loaded in. Load both from their checkpoints: casting a running
+    model rounds its rotary frequencies too. Batches without two tokens in a row give no loss (nan).
+    """
+    largest = difference = divergence = loss_small = loss_grown = 0.0
+    same = positions = targets = 0
+    for ids in batches:
+        before, after = (model(input_ids=ids).logits.float() for model in (small, grown))
+        largest = max(largest, before.abs().max().item())
+        difference = max(difference, (after - before).abs().max().item())
+        p, q = before.log_softmax(-1), after.log_softmax(-1)
+        divergence += (p.exp() * (p - q)).sum(-1).double().sum().item()
+        same += int((before.argmax(-1) == after.argmax(-1)).sum())
+        positions += ids.numel()
+        follow = ids[:, 1:].reshape(-1)
+        targets += follow.numel()
+        loss_small += _summed_loss(p, follow)
+        loss_grown += _summed_loss(q, follow)
+    return Preservation(
+        max_logit_difference=difference,
+        relative=difference / largest if largest else math.nan,
+        mean_kl=divergence / positions if positions else math.nan,
+        argmax_agreement=same / positions if positions else math.nan,
+        loss_small=loss_small / targets if targets else math.nan,
+        loss_grown=loss_grown / targets if targets else math.nan,
+    )
+
+
+def _summed_loss(log_probabilities: torch.Tensor, follow: torch.Tensor) -> float:
+    losses = F.nll_loss(log_probabilities[:, :-1].flatten(0, 1), follow, reduction="none")
+    return losses.double().sum().item()
+
+
+def clone_asymmetry(tensor: torch.Tensor, growths: Sequence[AxisGrowth]) -> float:
+    """Return how far the copies in a grown tensor are from their mean, as a share of it (root mean squares).
+
+    0 means that all copies are equal: gradients then are too, and the model trains as the small one would.
+
+    Args:
+        growths: what became of each dim, such as `GrownSource.growths(name)`.
+    """
+    values = tensor.double().numpy()
+    places = [_places(growth) for growth in growths]
+    copies = np.stack([values[np.ix_(*place)] for place in product(*places)])
+    mean = copies.mean(0)
+    size = float(np.sqrt(np.square(mean).mean()))
+    return float(np.sqrt(np.square(copies - mean).mean())) / size if size else 0.0
+
+
+def _places(growth: AxisGrowth) -> np.ndarray:
+    """Return where each copy of each element stands on the grown axis, [copies, size]."""
+    found = np.empty((growth.copies, growth.size), dtype=np.int64)
+    for run in growth.runs(slice(0, growth.copies * growth.size)):
+        found[run.copy, slice(*run.source)] = np.r_[run.target]
+    return found
