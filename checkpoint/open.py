@@ -19,13 +19,12 @@ FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Source]]] = {
 }
 
 
-def open_checkpoint(folder: Path | str) -> Source:
-    """Open a checkpoint folder lazily, whatever its format.
+def format_of(folder: Path) -> str:
+    """Return the format of a checkpoint folder, a key of FORMATS.
 
     Raises:
-        InputError: no such folder, no known format, or two formats in one folder.
+        InputError: no such folder, no known format, or several formats in one folder.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such checkpoint folder")
     kinds = [name for name, (matches, _) in FORMATS.items() if matches(folder)]
@@ -33,4 +32,14 @@ def open_checkpoint(folder: Path | str) -> Source:
         raise InputError(f"{folder}: not a checkpoint of a known format ({', '.join(FORMATS)})")
     if len(kinds) > 1:
         raise InputError(f"{folder}: files of several formats ({', '.join(kinds)}); separate them")
-    return FORMATS[kinds[0]][1](folder)
+    return kinds[0]
+
+
+def open_checkpoint(folder: Path | str) -> Source:
+    """Open a checkpoint folder lazily, whatever its format.
+
+    Raises:
+        InputError: see `format_of`; the folder is damaged.
+    """
+    folder = Path(folder)
+    return FORMATS[format_of(folder)][1](folder)

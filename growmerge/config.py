@@ -1,4 +1,4 @@
-"""YAML to the dataclasses of `growmerge.schema`; every error is one line with file, line, key, value and what is allowed."""
+"""YAML to the dataclasses of `growmerge.schema`; an error names file, line, key, value and what is allowed."""
 
 import math
 import re
@@ -17,6 +17,7 @@ from parallel.errors import InputError, one_of
 
 VARIABLE = re.compile(r"\{([^{}]*)\}")
 """A variable of a grid, such as `{setup}`."""
+STAGES = "stages."
 LARGEST = 2**63 - 1
 OVERRIDES: Mapping[tuple[type, str], type] = {(TrainStage, "training"): Training}
 """Fields that hold some keys of another dataclass: each given key is checked as if it stood there."""
@@ -57,7 +58,7 @@ class Marks:
 def load_pipeline(path: Path) -> tuple[Pipeline, Marks]:
     """Read a pipeline file.
 
-    In the stages of a grid, what holds a `{variable}` is kept as text; `growmerge.graph.expand` fills it in and checks it.
+    What holds a `{variable}`, in stages, is kept as text; `growmerge.graph.expand` fills it in and checks it.
 
     Raises:
         InputError: the file cannot be read, or a key, type or value in it is wrong.
@@ -118,11 +119,8 @@ class _Builder:
         kinds = get_args(hint)
         if item.tag == "null" and NoneType in kinds:
             return None
-        for kind in kinds:
-            if kind is not NoneType and (len(kinds) == 2 and NoneType in kinds or _fits(kind, item)):
-                return self.build(kind, item, key)
-        words = " or ".join(_WORDS[kind] for kind in kinds)
-        raise self._marks.error(key, f"{item.given} is not {words}")
+        kinds = tuple(kind for kind in kinds if kind is not NoneType)
+        return self.build(next((kind for kind in kinds if _fits(kind, item)), kinds[0]), item, key)
 
     def _mapping(self, item: Item, key: str) -> dict[str, Item]:
         if not isinstance(item.value, dict):
@@ -149,7 +147,8 @@ class _Builder:
             if name not in values:
                 raise self._marks.error(key, f"the key {name.rstrip('_')!r} is missing; needed are {_names(required)}")
         built = kind(**values)
-        if self._unfilled == unfilled and (problem := problem_in(built)):
+        filled = self._unfilled == unfilled or not key.startswith(STAGES)
+        if filled and (problem := problem_in(built)):
             raise self._marks.error(_join(key, problem[0].rstrip("_")), problem[1])
         return built
 
@@ -179,8 +178,8 @@ class _Builder:
     def _check_range(self, kind: type, name: str, value: Any, key: str) -> None:
         allowed = RANGES.get(kind, {}).get(name)
         for number in value if isinstance(value, tuple) else (value,):
-            if allowed and isinstance(number, (int, float)) and allowed.refuses(number):
-                raise self._marks.error(key, f"{number:g} is out of range: allowed is {allowed.allowed}")
+            if allowed and isinstance(number, (int, float)) and not allowed.holds(number):
+                raise self._marks.error(key, f"{number:.12g} is out of range: allowed is {allowed}")
 
     def _scalar(self, hint: Any, item: Item, key: str) -> Any:
         if not isinstance(item.value, str):
@@ -189,7 +188,7 @@ class _Builder:
         text = item.value
         if _CONTROL.search(text):
             raise self._marks.error(key, f"{text!r} holds a control character")
-        if self._grids and key.startswith("stages.") and VARIABLE.search(text):
+        if self._grids and key.startswith(STAGES) and VARIABLE.search(text):
             self._unfilled += 1
             return text
         if get_origin(hint) is Literal:

@@ -21,7 +21,7 @@ class Item:
     value: "str | tuple[Item, ...] | dict[str, Item]"
     """A scalar's text as written, a list, or a mapping."""
     tag: str
-    """What YAML 1.1 takes it for: str, int, float, bool, null, timestamp, ..., seq or map; `filled` for a variable's."""
+    """What YAML 1.1 takes it for: str, int, float, bool, null, timestamp, ..., seq, map; `filled` if a variable was."""
     line: int
     """Where it is written, from 1: the line of its key, if it has one."""
     size: int = 1
@@ -47,19 +47,18 @@ def read_document(path: Path) -> Item:
         InputError: no such file, not readable, not UTF-8, not valid YAML, a key given twice, an alias of itself.
     """
     text = _text(path)
+    loader = None
     try:
-        root = yaml.SafeLoader(text).get_single_node()
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        reason = " ".join(f"{error.context or ''} {error.problem or ''}".split())
-        raise InputError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {reason}") from error
+        raise InputError(f"{path}:{_reason(error)}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise InputError(f"{path}:{line}: not valid YAML: character {error.character!r} is not allowed") from error
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply") from None
-    except (ValueError, OverflowError) as error:  # such as an escaped character beyond Unicode
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+        raise InputError(f"{path}:{line}: not valid YAML: it holds the character {text[error.position]!r}") from error
+    except (ValueError, OverflowError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else "a number or character is too large"
+        raise InputError(f"{path}:{loader.line + 1 if loader else 1}: not valid YAML: {problem}") from None
     if root is None:
         raise InputError(f"{path}: the file is empty")
     item = _Tree(path).item(root)
@@ -85,6 +84,15 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def _reason(error: yaml.MarkedYAMLError) -> str:
+    """Return the line and what YAML says of it."""
+    mark, begun = error.problem_mark or error.context_mark, error.context_mark
+    line = mark.line + 1 if mark else 1
+    reason = " ".join(f"{error.context or ''} {error.problem or ''}".split())
+    since = f" (begun in line {begun.line + 1})" if begun and begun.line + 1 != line else ""
+    return f"{line}: not valid YAML: {reason}{since}"
+
+
 class _Tree:
     """Turns YAML's nodes into items; a node that aliases share is turned once."""
 
@@ -106,8 +114,9 @@ class _Tree:
     def _item(self, node: yaml.Node, line: int) -> Item:
         tag = node.tag.removeprefix(_STANDARD)
         value: str | tuple[Item, ...] | dict[str, Item]
+        parts: tuple[Item, ...] = ()
         if isinstance(node, yaml.ScalarNode) and tag in _SCALARS:
-            value, parts = node.value, ()
+            value = node.value
         elif isinstance(node, yaml.SequenceNode) and tag == "seq":
             value = parts = tuple(self.item(child) for child in node.value)
         elif isinstance(node, yaml.MappingNode) and tag == "map":
@@ -121,7 +130,7 @@ class _Tree:
         return Item(value=value, tag=tag, line=line, size=size)
 
     def _mapping(self, node: yaml.MappingNode) -> dict[str, Item]:
-        """Return the mapping's values by key; keys of its own go before merged ones, an earlier merge before a later."""
+        """Return the mapping's values by key; its own keys go before merged ones, an earlier merge before a later."""
         own: dict[str, Item] = {}
         merged: dict[str, Item] = {}
         seen: dict[str, int] = {}

@@ -1,25 +1,18 @@
-"""The stages of a pipeline as a graph: grids taken apart, references resolved, everything in an order that can be run."""
+"""The stages of a pipeline as a graph: references resolved, everything in an order that can be run."""
 
+import glob
 import heapq
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Literal
 
-from growmerge.config import VARIABLE, Marks, build_stage, merged_training, problem_in
-from growmerge.document import Item
-from growmerge.rules import NAME
-from growmerge.schema import Check, GrowStage, MergeStage, Pipeline, Stage, Study, TrainStage
+from growmerge.config import VARIABLE, Marks, merged_training, problem_in
+from growmerge.grids import Draft, Verb, fill, grid
+from growmerge.schema import Check, GrowStage, MergeStage, Pipeline, Study, TrainStage
 from parallel.errors import InputError, one_of
 
-Verb = Literal["train", "grow", "merge"]
-RESERVED = ("text", "tokens", "pairs", "evaluate", "baselines", "report", "scratch")
-"""Names that stages cannot have: what runs around them is called so."""
-LARGEST_GRID = 10_000
-"""Stages that one grid may come to."""
 PARTS: Mapping[str, tuple[str, ...]] = {
     "seed": (),
     "base": ("setup",),
@@ -39,44 +32,13 @@ class Node:
     stage: TrainStage | GrowStage | MergeStage
     """Its configuration, all variables filled in."""
     inputs: tuple[str, ...]
-    """Names of the stages that it reads from, in order, a merge's base last; paths of checkpoints are not among them."""
+    """Names of the stages that it reads from, in order, a merge's base last; paths are not among them."""
     template: str
     """The key in the file that it came from, such as `{setup}-{method}`."""
     variables: Mapping[str, str]
     """Values of the grid's variables for this stage."""
     where: str
     """File and line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Draft:
-    """A concrete stage before its references are known to be good."""
-
-    name: str
-    template: str
-    variables: Mapping[str, str]
-    stage: Stage
-    marks: Marks
-
-    @property
-    def verb(self) -> Verb:
-        return "train" if self.stage.train else "grow" if self.stage.grow else "merge"
-
-    @property
-    def body(self) -> TrainStage | GrowStage | MergeStage:
-        body = self.stage.train or self.stage.grow or self.stage.merge
-        assert body is not None, f"{self.name} has no verb"
-        return body
-
-    def key(self, *names: str) -> str:
-        return ".".join(["stages", self.template, self.verb, *names])
-
-    def references(self) -> list[tuple[str, str]]:
-        """Return (key, value) of everything that it reads from."""
-        if isinstance(self.body, MergeStage):
-            found = [(self.key("from", str(i)), value) for i, value in enumerate(self.body.from_)]
-            return [*found, (self.key("base"), self.body.base)] if self.body.base else found
-        return [(self.key("from"), self.body.from_)]
 
 
 def expand(pipeline: Pipeline, marks: Marks, path: Path) -> dict[str, Node]:
@@ -87,20 +49,25 @@ def expand(pipeline: Pipeline, marks: Marks, path: Path) -> dict[str, Node]:
         path: the pipeline file; checkpoints' paths in it are relative to its folder.
 
     Raises:
-        InputError: a variable, stage, mixture, language or checkpoint that is not there; two stages of one name; a cycle.
+        InputError: something named that is not there (a stage, mixture, language, ...); two of one name; a cycle.
     """
-    drafts: dict[str, _Draft] = {}
+    drafts: dict[str, Draft] = {}
     for template, item in marks.stages.items():
-        for draft in _grid(template, item, pipeline.stages[template].each, marks):
+        for draft in grid(template, item, pipeline.stages[template].each, marks):
             if draft.name in drafts:
                 first = drafts[draft.name]
                 at = first.marks.at(f"stages.{first.template}")
                 raise marks.error(f"stages.{template}", f"a second stage is called {draft.name!r}; the first: {at}")
             drafts[draft.name] = draft
-    inputs = {name: _inputs(draft, drafts, pipeline, path.absolute().parent) for name, draft in drafts.items()}
+    folder = path.absolute().parent
+    inputs = {name: _inputs(draft, drafts, pipeline, folder) for name, draft in drafts.items()}
     for draft in drafts.values():
         if draft.stage.train:
             _check_train(draft, draft.stage.train, pipeline)
+    _check_text(pipeline, marks, folder)
+    tokenizer = pipeline.tokenizer.path
+    if tokenizer is not None and not _is_folder(folder / tokenizer):
+        raise marks.error("tokenizer.path", f"no tokenizer folder {tokenizer!r} in {folder}")
     nodes = {}
     for name in _order(drafts, inputs):
         draft = drafts[name]
@@ -122,7 +89,8 @@ def expand(pipeline: Pipeline, marks: Marks, path: Path) -> dict[str, Node]:
 def match(nodes: Mapping[str, Node], template: str, study: Study | None = None) -> list[str]:
     """Return the stages that a template such as `{setup}-swe` stands for, in the nodes' order.
 
-    Its variables range over the values that they have in the grids and, as `setup`, `language` and `method`, in the study.
+    Its variables range over the values that they have in the grids and, as `setup`, `language` and `method`,
+    in the study.
 
     Raises:
         InputError: there is no such variable.
@@ -133,8 +101,12 @@ def match(nodes: Mapping[str, Node], template: str, study: Study | None = None) 
             values.setdefault(variable, {})[value] = None
     for variable, names in _study_values(study, ("setup", "language", "method")).items() if study else ():
         values.setdefault(variable, {}).update(dict.fromkeys(names))
-    used = {variable: values[variable] for variable in VARIABLE.findall(template) if variable in values}
-    return [name for name in nodes if name in set(_fill_all(template, used).values())]
+    used = dict.fromkeys(VARIABLE.findall(template))
+    for variable in used:
+        if variable not in values:
+            raise InputError(one_of("variable", variable, values))
+    found = set(_fill_all(template, {variable: values[variable] for variable in used}).values())
+    return [name for name in nodes if name in found]
 
 
 def study_stages(study: Study, part: str) -> dict[tuple[str, ...], str]:
@@ -160,77 +132,10 @@ def _fill_all(template: str, values: Mapping[str, Iterable[str]]) -> dict[tuple[
     return {choice: fill(template, dict(zip(values, choice, strict=True))) for choice in combinations}
 
 
-def fill(text: str, values: Mapping[str, str]) -> str:
-    """Return a text with every `{variable}` filled in.
-
-    Raises:
-        InputError: there is no such variable.
-    """
-    for variable in VARIABLE.findall(text):
-        if variable not in values:
-            raise InputError(one_of("variable", variable, values))
-    return VARIABLE.sub(lambda found: values[found[1]], text)
-
-
-# ---- grids
-
-
-def _grid(template: str, item: Item, each: Mapping[str, tuple[str, ...]], marks: Marks) -> Iterator[_Draft]:
-    """Yield a draft for every combination of the variables, the last one varying fastest."""
-    key = f"stages.{template}"
-    if (count := math.prod(len(values) for values in each.values())) > LARGEST_GRID:
-        raise marks.error(f"{key}.each", f"the grid comes to {count} stages; allowed are {LARGEST_GRID}")
-    for choice in itertools.product(*(range(len(values)) for values in each.values())):
-        values = {name: each[name][i] for name, i in zip(each, choice, strict=True)}
-        with marks.within(key):
-            name = fill(template, values)
-        if not NAME.fullmatch(name) or name in RESERVED:
-            raise marks.error(
-                key, f"{name!r} cannot be a stage's name: letters, digits and . _ + -, but not {', '.join(RESERVED)}"
-            )
-        own = Marks(file=marks.file)
-        stage = build_stage(_fill_stage(item, choice, marks, key), key, own)
-        yield _Draft(name=name, template=template, variables=values, stage=stage, marks=own)
-
-
-def _fill_stage(item: Item, choice: Sequence[int], marks: Marks, key: str) -> Item:
-    """Return a stage as written, with one choice of its variables filled in."""
-    parts = _mapping(item)
-    lists = _mapping(parts["each"]) if "each" in parts else {}
-    chosen = {name: _list(values)[i] for (name, values), i in zip(lists.items(), choice, strict=True)}
-
-    def filled(item: Item, key: str) -> Item:
-        if isinstance(item.value, dict):
-            return replace(item, value={name: filled(part, f"{key}.{name}") for name, part in item.value.items()})
-        if isinstance(item.value, tuple):
-            return replace(item, value=tuple(filled(part, f"{key}.{i}") for i, part in enumerate(item.value)))
-        if not VARIABLE.search(item.value):
-            return item
-        with marks.within(key):
-            text = fill(item.value, {name: str(part.value) for name, part in chosen.items()})
-        whole = VARIABLE.fullmatch(item.value)
-        # What is nothing but a variable is wrong where its values are listed.
-        return Item(value=text, tag="filled", line=chosen[whole[1]].line if whole else item.line)
-
-    return replace(
-        item, value={name: part if name == "each" else filled(part, f"{key}.{name}") for name, part in parts.items()}
-    )
-
-
-def _mapping(item: Item) -> dict[str, Item]:
-    assert isinstance(item.value, dict), f"line {item.line}: load_pipeline lets only a mapping through"
-    return item.value
-
-
-def _list(item: Item) -> tuple[Item, ...]:
-    assert isinstance(item.value, tuple), f"line {item.line}: load_pipeline lets only a list through"
-    return item.value
-
-
 # ---- references
 
 
-def _inputs(draft: _Draft, drafts: Mapping[str, _Draft], pipeline: Pipeline, folder: Path) -> tuple[str, ...]:
+def _inputs(draft: Draft, drafts: Mapping[str, Draft], pipeline: Pipeline, folder: Path) -> tuple[str, ...]:
     """Return the names of the stages that a stage reads from; paths and `scratch` are checked and left out."""
     found: dict[str, None] = {}
     for key, value in draft.references():
@@ -248,6 +153,18 @@ def _inputs(draft: _Draft, drafts: Mapping[str, _Draft], pipeline: Pipeline, fol
     return tuple(found)
 
 
+def _check_text(pipeline: Pipeline, marks: Marks, folder: Path) -> None:
+    """Check that text on disk is there; a package's is known once it is downloaded."""
+    for language, corpus in pipeline.corpora.items():
+        for i, source in enumerate(corpus.sources):
+            if source.package or source.files is None:
+                continue
+            found = glob.iglob(source.files, root_dir=folder, recursive=True)  # noqa: PTH207 - may be absolute
+            if next(found, None) is None:
+                problem = f"language without text: no file matches {source.files!r} in {folder}"
+                raise marks.error(f"corpora.{language}.sources.{i}.files", problem)
+
+
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
@@ -255,7 +172,7 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _check_train(draft: _Draft, stage: TrainStage, pipeline: Pipeline) -> None:
+def _check_train(draft: Draft, stage: TrainStage, pipeline: Pipeline) -> None:
     """Check a training stage's mixture, and that its own keys and the pipeline's together make a training."""
     if stage.data not in pipeline.mixtures:
         raise draft.marks.error(draft.key("data"), one_of("mixture", stage.data, pipeline.mixtures))
@@ -266,7 +183,7 @@ def _check_train(draft: _Draft, stage: TrainStage, pipeline: Pipeline) -> None:
         raise draft.marks.error(draft.key("training", problem[0]), problem[1])
 
 
-def _order(drafts: Mapping[str, _Draft], inputs: Mapping[str, Sequence[str]]) -> list[str]:
+def _order(drafts: Mapping[str, Draft], inputs: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the names so that each comes after its inputs, otherwise in the file's order."""
     names = list(drafts)
     sorter = TopologicalSorter(inputs)
@@ -299,7 +216,7 @@ def _check_language(language: str, key: str, pipeline: Pipeline, marks: Marks) -
 
 
 def _check_study(pipeline: Pipeline, nodes: Mapping[str, Node], marks: Marks) -> None:
-    """Check that a study's languages have text and its parts are stages; `joint`, unless written, may have none at all."""
+    """Check that a study's languages have text and its parts are stages; only `joint` may be left out as a whole."""
     study = pipeline.study
     if study is None:
         return

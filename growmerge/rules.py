@@ -1,6 +1,5 @@
-"""What values of the pipeline file can be: ranges of single numbers, and what the keys of one mapping owe each other."""
+"""What values of the pipeline file can be: ranges of numbers, and what the keys of one mapping owe each other."""
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,39 +31,39 @@ NAME = re.compile(r"\w[\w.+-]{0,99}")
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Numbers that are allowed."""
+    """Numbers that are allowed: all of the bounds that are given have to hold."""
 
-    least: float = -math.inf
-    most: float = math.inf
-    inside: bool = False
-    """Whether the ends themselves are left out."""
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
 
-    def refuses(self, number: float) -> bool:
-        if self.inside:
-            return not self.least < number < self.most
-        return not self.least <= number <= self.most
+    def holds(self, number: float) -> bool:
+        return (
+            (self.at_least is None or number >= self.at_least)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
 
-    @property
-    def allowed(self) -> str:
-        """The range in words."""
-        low, high = ("above", "below") if self.inside else ("at least", "at most")
-        ends = [(low, self.least), (high, self.most)]
-        return " and ".join(f"{word} {end:g}" for word, end in ends if math.isfinite(end))
+    def __str__(self) -> str:
+        """Return the range in words, such as `above 0 and at most 1`."""
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
 
 
-ABOVE_0 = Range(least=0, inside=True)
-FROM_0 = Range(least=0)
-FROM_1 = Range(least=1)
-SHARE = Range(least=0, most=1)
-INNER_SHARE = Range(least=0, most=1, inside=True)
+ABOVE_0 = Range(above=0)
+FROM_0 = Range(at_least=0)
+FROM_1 = Range(at_least=1)
+INNER_SHARE = Range(above=0, below=1)
 
 RANGES: Mapping[type, Mapping[str, Range]] = {
     TextSource: {"min_words": FROM_1},
     HeldOut: {"share": INNER_SHARE, "max_bytes": FROM_1, "ngram": FROM_1},
-    TokenizerConfig: {"vocab_size": Range(least=258)},  # 256 bytes, and the begin and end of a text
+    TokenizerConfig: {"vocab_size": Range(at_least=258)},  # 256 bytes, and the begin and end of a text
     ModelConfig: {
         "hidden_size": FROM_1,
-        "num_hidden_layers": Range(least=1, most=10_000),
+        "num_hidden_layers": Range(at_least=1, at_most=10_000),
         "num_attention_heads": FROM_1,
         "num_key_value_heads": FROM_1,
         "intermediate_size": FROM_1,
@@ -79,16 +78,16 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "micro_batch": FROM_1,
         "lr": FROM_0,
         "warmup": FROM_0,
-        "decay": SHARE,
-        "betas": Range(least=0, most=0.999999),
+        "decay": Range(at_least=0, at_most=1),
+        "betas": Range(at_least=0, below=1),
         "eps": ABOVE_0,
         "weight_decay": FROM_0,
         "clip": ABOVE_0,
         "checkpoint_every": FROM_1,
         "evaluate_every": FROM_0,
     },
-    GrowStage: {"width": Range(least=1, most=1000)},
-    MergeStage: {"density": SHARE},
+    GrowStage: {"width": Range(at_least=1, at_most=1000)},
+    MergeStage: {"density": Range(above=0, at_most=1)},
     Evaluation: {
         "stride": FROM_1,
         "window": FROM_1,
@@ -150,7 +149,7 @@ def training(training: Training) -> Iterator[Problem]:
 def stage(stage: Stage) -> Iterator[Problem]:
     verbs = [verb for verb in ("train", "grow", "merge") if getattr(stage, verb) is not None]
     if len(verbs) != 1:
-        yield "", f"a stage is exactly one of train, grow, merge; given are {' and '.join(verbs) or 'none'}"
+        yield "", f"a stage is exactly one of train, grow, merge; given: {' and '.join(verbs) or 'none'}"
     for variable, values in stage.each.items():
         if not values:
             yield f"each.{variable}", "the list of values is empty"
@@ -163,7 +162,7 @@ def merge(merge: MergeStage) -> Iterator[Problem]:
         yield "", "method ties needs `base`, the stage or checkpoint that the models all started from"
     if merge.weights and len(merge.weights) != len(merge.from_):
         yield "weights", f"{len(merge.weights)} weights for {len(merge.from_)} models: give one a model"
-    elif merge.weights and merge.normalize and abs(sum(merge.weights)) < 1e-12:
+    elif merge.weights and merge.method == "linear" and merge.normalize and abs(sum(merge.weights)) < 1e-12:
         yield "weights", "the weights add up to 0, and `normalize` divides by their sum"
 
 

@@ -18,8 +18,8 @@ from merge.threshold import Cut, find_cuts, trim
 from parallel.errors import InputError, one_of
 from parallel.families import Family
 
-SAME = ("tie_word_embeddings", "num_attention_heads", "hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters")
-"""Keys of the config that change what weights mean; models that differ in one are not merged."""
+SAME = ("num_attention_heads", "hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters")
+"""Further keys of the config that change what weights mean; models that state one differently are not merged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class MergedSource:
     @property
     def _like(self) -> Source:
         """What shapes, config and dtypes are taken from: the base, or else the first model."""
-        return WithoutState(self.base or self.sources[0])
+        return WithoutState(self.sources[0] if self.base is None else self.base)
 
     @cached_property
     def _all(self) -> tuple[Source, ...]:
@@ -98,13 +98,14 @@ class MergedSource:
         out["weight"].copy_(METHODS[self.method].merge(self, name, box, stats))
 
     def values(self, name: str, box: Box, inner: Sequence[Any]) -> list[torch.Tensor]:
-        """Read a box of every model, the base last, in float32.
+        """Read a box of as many models as there are `inner` stats, in float32; the base is the last of all.
 
         Raises:
             InputError: a weight is not finite.
         """
         found = []
-        for number, (source, stats) in enumerate(zip(self._all, inner, strict=True)):
+        for number, stats in enumerate(inner):
+            source = self._all[number]
             tensor = torch.empty(box_shape(box), dtype=torch.float32)
             source.read(name, box, {"weight": tensor}, stats)
             if not torch.isfinite(tensor).all():
@@ -120,7 +121,7 @@ class MergedSource:
 
 
 def _merge_linear(merged: MergedSource, name: str, box: Box, stats: Stats) -> torch.Tensor:
-    tensors = merged.values(name, box, stats.inner)[: len(merged.sources)]
+    tensors = merged.values(name, box, stats.inner[: len(merged.sources)])
     return linear(tensors, merged.weights, normalize=merged.normalize)
 
 
@@ -199,7 +200,7 @@ def merge(
         raise InputError(f"{len(weights)} weights given for {len(sources)} models: one weight a model is needed")
     if not all(math.isfinite(weight) for weight in weights):
         raise InputError(f"weights {list(weights)}: finite numbers are needed")
-    if method == "linear" and normalize and sum(weights) == 0:
+    if method == "linear" and normalize and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
         raise InputError(f"weights {list(weights)} add up to 0: nothing to divide by; give others or normalize: false")
     if not 0 < density <= 1:
         raise InputError(f"density is {density}: allowed are numbers above 0, up to 1")
@@ -227,17 +228,15 @@ def _label(source: Source, number: int, base: Source | None) -> str:
 
 def _check_fit(sources: Sequence[Source], base: Source | None) -> None:
     """Check that all models have the tensors, shapes and meaning of the base, or else of the first."""
-    like = base or sources[0]
+    like = sources[0] if base is None else base
     reference = _label(like, 0, base)
     for number, source in enumerate(sources):
         who = _label(source, number, base)
         if source.family.name != like.family.name:
             raise InputError(f"{who} is of family {source.family.name}, {reference} of {like.family.name}")
-        sizes = like.family.axes(like.config)
-        given = {**source.family.axes(source.config), **{key: source.config.get(key) for key in SAME}}
-        for key, wanted in {**sizes, **{key: like.config.get(key) for key in SAME}}.items():
-            if bool(given[key]) != bool(wanted) or (given[key] != wanted and wanted is not None):
-                raise InputError(f"{who} has {key} {given[key]}, {reference} has {wanted}: they cannot be merged")
+        given, wanted = _meaning(source), _meaning(like)
+        for key in [key for key in given if key in wanted and given[key] != wanted[key]]:
+            raise InputError(f"{who} has {key} {given[key]}, {reference} has {wanted[key]}: they cannot be merged")
         for name in [*like.infos, *source.infos]:
             if name not in source.infos:
                 raise InputError(f"{who} lacks the tensor {name}, which {reference} has")
@@ -246,6 +245,13 @@ def _check_fit(sources: Sequence[Source], base: Source | None) -> None:
             mine, theirs = source.infos[name].shape, like.infos[name].shape
             if mine != theirs:
                 raise InputError(f"{who}: {name} has shape {mine}, in {reference} it has {theirs}")
+
+
+def _meaning(source: Source) -> dict[str, Any]:
+    """Return the sizes of a model's axes and what its config states of the meaning of its weights."""
+    config = source.config
+    stated = {key: config[key] for key in SAME if config.get(key) is not None}
+    return {**source.family.axes(config), "tie_word_embeddings": bool(config.get("tie_word_embeddings")), **stated}
 
 
 def _check_descent(sources: Sequence[Source], base: Source, allow_unrelated: bool) -> tuple[str, ...]:

@@ -33,9 +33,7 @@ class Cut:
     """Row-major index of the last element of that magnitude that stays."""
 
 
-def find_cuts(
-    read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequence[int], spread: Map
-) -> list[Cut]:
+def find_cuts(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequence[int], spread: Map) -> list[Cut]:
     """Return, for each of N tensors of one shape, the cut that keeps its `keep[i]` largest magnitudes.
 
     Args:
@@ -61,7 +59,8 @@ def find_cuts(
     counts = _total(low, tiles, spread)
     lows, left = _locate(counts, left)
     patterns = [(where << LOW) + low for where, low in zip(bins, lows, strict=True)]
-    if all(counts[model, lows[model]] == left[model] for model in models):
+    whole = [bool(counts[model, lows[model]] == left[model]) for model in models]
+    if all(whole):
         return [Cut(pattern=pattern, last=size - 1) for pattern in patterns]
 
     def ties(tile: Box) -> np.ndarray:
@@ -71,6 +70,9 @@ def find_cuts(
     before = np.cumsum([np.zeros(len(keep), dtype=np.int64), *_windows(ties, tiles, spread)], axis=0)
     cuts = []
     for model in models:
+        if whole[model]:
+            cuts.append(Cut(pattern=patterns[model], last=size - 1))
+            continue
         number = int(np.searchsorted(before[:, model], left[model])) - 1
         bits = magnitudes(read(tiles[number])[model])
         tied = (bits.flatten() == patterns[model]).nonzero()[left[model] - before[number, model] - 1].item()
@@ -106,7 +108,10 @@ def _windows(count: Callable[[Box], np.ndarray], tiles: Sequence[Box], spread: M
 
 
 def _total(count: Callable[[Box], np.ndarray], tiles: Sequence[Box], spread: Map) -> np.ndarray:
-    return sum(_windows(count, tiles, spread), start=np.int64(0))
+    total: np.ndarray = np.zeros((), dtype=np.int64)
+    for counts in _windows(count, tiles, spread):
+        total = total + counts
+    return total
 
 
 def _locate(counts: np.ndarray, ranks: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -102,9 +102,7 @@ def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGro
             "so that each query head keeps its key/value head"
         )
     copies = {"hidden": factors["hidden"], "q": heads, "kv": kv_heads, "ffn": factors["ffn"]}
-    found = {
-        axis: AxisGrowth(size=size, copies=copies.get(axis, 1), run=max(1, size)) for axis, size in sizes.items()
-    }
+    found = {axis: AxisGrowth(size=size, copies=copies.get(axis, 1), run=max(1, size)) for axis, size in sizes.items()}
     if heads != kv_heads:
         # Head i attends to key/value head i // group: a group's copies have to follow it at once.
         group = sizes["q"] // (sizes["kv"] // sizes["head_dim"])

@@ -13,22 +13,40 @@ import numpy as np
 import torch
 
 from checkpoint.provenance import descend
-from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, WithoutState, box_shape, row_major_tiles
+from checkpoint.source import (
+    SLOTS,
+    Box,
+    Group,
+    Info,
+    Map,
+    RunState,
+    Slot,
+    Source,
+    WithoutState,
+    box_shape,
+    row_major_tiles,
+)
+from parallel.errors import InputError, one_of
 from parallel.families import Family, Tensor
 from upscale.factors import AxisGrowth, Recipe, Run, axis_growths, divided_dim, grown_config
 from upscale.split import exact_split, exact_split_master, symmetric, uniform_at
 
-Values = Mapping[Slot, torch.Tensor]
-Shares = Mapping[Slot, Sequence[torch.Tensor]]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Values = dict[Slot, torch.Tensor]
+Shares = dict[Slot, list[torch.Tensor]]
 
 
 def grow(source: Source, recipe: Recipe) -> "GrownSource":
     """Return the grown model as a source: weights and masters, at step 0. Nothing is read yet.
 
     Raises:
-        InputError: the recipe's factors do not fit the model.
+        InputError: the recipe's factors do not fit the model, or its weights have a dtype that cannot be split.
     """
     axis_growths(recipe, source.config)
+    for name, info in source.infos.items():
+        if "weight" in info.slots and info.slots["weight"] not in DTYPES:
+            raise InputError(f"{name}: {one_of('dtype to grow', info.slots['weight'], DTYPES)}")
     return GrownSource(source=source, recipe=recipe)
 
 
@@ -93,15 +111,11 @@ class GrownSource:
             shares: dict[tuple[int, ...], Shares] = {}
             for runs in product(*(runs for _, runs in piece)):
                 tiled = tuple(run.copy for dim, run in enumerate(runs) if dim != divided)
-                if divided is None:
-                    copy, parts = 0, {slot: [values] for slot, values in small.items()}
-                else:
-                    copy = runs[divided].copy
-                    if tiled not in shares:
-                        shares[tiled] = self._share(name, place, small, self.growths(name)[divided].copies, tiled)
-                    parts = shares[tiled]
+                if tiled not in shares:
+                    shares[tiled] = self._share(name, place, small, divided, tiled)
+                share = 0 if divided is None else runs[divided].copy
                 for slot, target in out.items():
-                    target[tuple(run.target for run in runs)].copy_(parts[slot][copy])
+                    target[tuple(run.target for run in runs)].copy_(shares[tiled][slot][share])
 
     def _read_small(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any) -> Values:
         """Read a box of the small tensor: the slots asked for, and the weight that a master is split with.
@@ -110,25 +124,30 @@ class GrownSource:
         """
         stored = self._small[name].slots
         values: dict[Slot, torch.Tensor] = {}
-        for slot in {**dict.fromkeys(out), **({"weight": None} if "master" in out else {})}:
-            dtype = stored[slot]
-            if slot in out and out[slot].dtype.itemsize < dtype.itemsize:
-                dtype = out[slot].dtype
-            values[slot] = torch.empty(box_shape(box), dtype=dtype)
+        for slot in SLOTS:
+            if slot in out or (slot == "weight" and "master" in out):
+                dtype = stored[slot]
+                if slot in out and out[slot].dtype.itemsize <= dtype.itemsize:
+                    dtype = out[slot].dtype
+                values[slot] = torch.empty(box_shape(box), dtype=dtype)
         self.source.read(name, box, values, stats)
         return values
 
-    def _share(self, name: str, box: Box, small: Values, copies: int, tiled: tuple[int, ...]) -> Shares:
-        """Divide a box of the small tensor among the copies of its input, for one copy of its output."""
+    def _share(self, name: str, box: Box, small: Values, divided: int | None, tiled: tuple[int, ...]) -> Shares:
+        """Divide a box of the small tensor among the copies of one dim, for one copy of the others."""
+        if divided is None:
+            return {slot: [values] for slot, values in small.items()}
+        copies = self.growths(name)[divided].copies
         if self.recipe.method == "symmetric":
             return {slot: symmetric(values, copies) for slot, values in small.items()}
         shape = self._small[name].shape
         index = np.ravel_multi_index(tuple(np.ogrid[box]), shape)
 
+        # The shape tells a second growth's numbers from those of the first.
         def uniform(level: int) -> torch.Tensor:
             return uniform_at(f"{self.recipe.seed}/{name}/{shape}/{tiled}/{level}", index)
 
-        parts = {"weight": exact_split(small["weight"], copies, uniform)}
+        parts: Shares = {"weight": exact_split(small["weight"], copies, uniform)}
         if "master" in small:
             parts["master"] = exact_split_master(parts["weight"], small["weight"], small["master"])
         return parts

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoint.files import read_json, write_bytes, write_json
+from checkpoint.files import inside, read_json, write_bytes, write_json
 from parallel.errors import InputError, one_of
 from train.data.heldout import Candidate, choose_heldout, decontaminate, split_documents
 from train.data.packages import fetch
@@ -234,16 +234,17 @@ def _splits(language: str, shares: Mapping[str, float], training: Sequence[Docum
 
 
 def write_corpora(texts: Mapping[str, CorpusText], folder: Path) -> None:
-    """Write `<language>/train.jsonl`, `heldout.jsonl` (a line a document: id, text, split) and `corpus.json`, the last."""
+    """Write `<language>/train.jsonl`, `heldout.jsonl` (a document a line: id, text, split), then `corpus.json`."""
     for language, text in texts.items():
+        place = inside(folder, language)
         for name, documents in (("train", text.training), ("heldout", text.heldout)):
             lines = [
                 {"id": document.id, "text": document.text, "split": text.splits.get(document.id)}
                 for document in documents
             ]
             data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_bytes(folder / language / f"{name}.jsonl", data.encode())
-        write_json(folder / language / "corpus.json", {**text.metadata, "parallel": list(text.parallel)})
+            write_bytes(place / f"{name}.jsonl", data.encode())
+        write_json(place / "corpus.json", {**text.metadata, "parallel": list(text.parallel)})
 
 
 def read_corpus(folder: Path, language: str) -> CorpusText:

@@ -16,6 +16,8 @@ from parallel.errors import InputError
 PERIOD = 1000
 """Samples in which every corpus gets exactly its share."""
 ROUNDS = 6
+BLOCK = 256
+"""Samples found at once, since single numbers are slow in numpy; the order does not depend on it."""
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -97,8 +99,9 @@ class Mixture:
 
     def sample(self, number: int) -> tuple[str, int, int]:
         """Return (corpus, sequence, epoch) of a global sample number."""
-        corpus, sequence, epoch = self.samples(number, number + 1)
-        return self.names[corpus[0]], int(sequence[0]), int(epoch[0])
+        block, at = divmod(number, BLOCK)
+        corpus, sequence, epoch = _block(self, block)
+        return self.names[corpus[at]], int(sequence[at]), int(epoch[at])
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (corpus number, sequence, epoch) of samples [start, stop), int64 each."""
@@ -134,8 +137,13 @@ class Mixture:
 
 
 @lru_cache(maxsize=8)
+def _block(mixture: Mixture, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return mixture.samples(block * BLOCK, (block + 1) * BLOCK)
+
+
+@lru_cache(maxsize=8)
 def _period(counts: tuple[int, ...], seed: int, period: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a period's corpora [PERIOD] and how many samples of the same corpus came before each within it [PERIOD]."""
+    """Return the corpus of each sample of a period, and how many of the same corpus came before it in the period."""
     shuffled = permute(np.arange(PERIOD), PERIOD, f"period/{seed}/{period}")
     corpus = np.searchsorted(np.cumsum(counts), shuffled, side="right")
     before = np.empty_like(corpus)

@@ -18,7 +18,7 @@ _UNREACHED = ("Retrying (", "ConnectionError", "Connection refused", "timed out"
 
 
 def default_cache() -> Path:
-    """Return the folder that wheels are kept in: $GROWMERGE_CACHE, else $XDG_CACHE_HOME/growmerge, else ~/.cache/growmerge."""
+    """Return the wheels' folder: $GROWMERGE_CACHE, else $XDG_CACHE_HOME/growmerge, else ~/.cache/growmerge."""
     if own := os.environ.get("GROWMERGE_CACHE"):
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -69,7 +69,7 @@ def fetch(
                 )
             target = cache / sha256 / wheel.name
             target.parent.mkdir(exist_ok=True)
-            os.replace(wheel, target)
+            wheel.replace(target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return target

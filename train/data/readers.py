@@ -1,19 +1,16 @@
 """Readers: files of many kinds, in a folder or in a wheel, to documents made of passages."""
 
 import ast
-import glob
 import hashlib
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from parallel.errors import InputError, one_of
+from train.data.places import File, opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +24,6 @@ class Document:
     @property
     def text(self) -> str:
         return "\n".join(self.passages)
-
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """A file on disk or in a wheel."""
-
-    name: str
-    """Its path inside the wheel, or on disk as the glob writes it."""
-    key: str
-    """What the glob's wildcards stand for, joined by `/`; the stem if there are none."""
-    where: str
-    """How messages call it."""
-    read: Callable[[], bytes]
 
 
 class Options(Protocol):
@@ -75,90 +59,20 @@ def read_documents(source: Options, place: Path) -> tuple[list[Document], str]:
     name = source.reader or (suffix if suffix in READERS else None)
     if name not in READERS:
         raise InputError(one_of(f"reader of {source.files}: it needs reader:, now", name, READERS))
-    originals = {file.key: file for file in find_files(source.untranslated, place)} if source.untranslated else {}
     passages: dict[str, list[str]] = {}
     digest = hashlib.sha256()
-    for file in find_files(source.files, place):
-        data = file.read()
-        if not data:
-            raise InputError(f"{file.where}: the file is empty")
-        digest.update(f"{len(file.name)} {file.name} {len(data)} ".encode() + data)
-        for document in READERS[name](data, file, source, originals.get(file.key)):
-            for passage in document.passages:
-                if not passage.isascii():
+    with opened(place) as find:
+        originals = {file.key: file for file in find(source.untranslated)} if source.untranslated else {}
+        for file in find(source.files):
+            data = file.read()
+            if not data:
+                raise InputError(f"{file.where}: the file is empty")
+            digest.update(f"{len(file.name)} {file.name} {len(data)} ".encode() + data)
+            for document in READERS[name](data, file, source, originals.get(file.key)):
+                for passage in document.passages:
                     _check_unicode(passage, file, document.id)
-            passages.setdefault(document.id, []).extend(document.passages)
+                passages.setdefault(document.id, []).extend(document.passages)
     return [Document(id=name, passages=tuple(parts)) for name, parts in passages.items()], digest.hexdigest()
-
-
-def find_files(pattern: str, place: Path) -> list[File]:
-    """Return the files that a glob (`*`, `?`, `[...]` inside a name, `**` over folders) matches, sorted by name.
-
-    Raises:
-        InputError: none matches; the wheel is missing or damaged.
-    """
-    matcher = re.compile(_glob_to_regex(pattern))
-    if place.is_dir():
-        names = [name for name in glob.glob(pattern, root_dir=place, recursive=True) if (place / name).is_file()]
-    else:
-        with _opened(place) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/") and matcher.fullmatch(name)]
-    if not names:
-        raise InputError(f"no file matches {pattern!r} in {place}")
-    files = []
-    for name in sorted(set(names)):
-        match = matcher.fullmatch(name)
-        key = "/".join(group.strip("/") for group in match.groups() if group) if match else ""
-        where = str(place / name) if place.is_dir() else f"{place.name}: {name}"
-        read = partial(_read_disk, place / name) if place.is_dir() else partial(_read_zip, place, name)
-        files.append(File(name=name, key=key or Path(name).stem, where=where, read=read))
-    return files
-
-
-def _glob_to_regex(pattern: str) -> str:
-    """Translate a glob; every wildcard is a group."""
-    out = ""
-    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
-        if part == "**/":
-            out += r"((?:[^/]+/)*)"
-        elif part == "**":
-            out += r"(.*)"
-        elif part in ("*", "?"):
-            out += f"([^/]{part if part == '*' else ''})"
-        elif part.startswith("[") and part.endswith("]"):
-            out += (
-                "(["
-                + ("^" if part[1] == "!" else "")
-                + re.escape(part[1:-1].removeprefix("!")).replace(r"\-", "-")
-                + "])"
-            )
-        else:
-            out += re.escape(part)
-    return out
-
-
-def _opened(wheel: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(wheel)
-    except FileNotFoundError:
-        raise InputError(f"{wheel}: no such file or folder") from None
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{wheel}: not a readable wheel or zip file ({error})") from error
-
-
-def _read_zip(wheel: Path, name: str) -> bytes:
-    with _opened(wheel) as archive:
-        try:
-            return archive.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
-            raise InputError(f"{wheel}: {name} is damaged ({error})") from error
-
-
-def _read_disk(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _check_unicode(passage: str, file: File, document: str) -> None:
@@ -256,7 +170,7 @@ def _strings(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], str
     if isinstance(value, str):
         return {key: _tidy(value)}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = {}
+    found: dict[tuple[str, ...], str] = {}
     for name, inner in items:
         found |= _strings(inner, (*key, f"{name:08d}" if isinstance(name, int) else name))
     return found

@@ -1,7 +1,6 @@
 """Tokenizers: byte-level BPE trained here, or any Hugging Face tokenizer.json, loaded without transformers."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> T
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    if model.get_vocab_size() == SMALLEST:
+    if model.get_vocab_size() == SMALLEST < vocab_size:
         raise InputError("there is no text to train a tokenizer on: nothing in it occurs twice")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
