@@ -155,7 +155,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
 
 @dataclass(frozen=True, kw_only=True)
 class SafetensorsLayout:
-    """A Hugging Face folder: tensors in the family's order, aliases left out, in shards of at most `shard_size` bytes."""
+    """A Hugging Face folder: tensors in the family's order, no aliases, in shards of at most `shard_size` bytes."""
 
     dtype: torch.dtype | None = None
     """Output dtype; each tensor's own by default."""

@@ -21,6 +21,7 @@ from checkpoint.source import Slot, Source, box_shape, flat_boxes, row_major_til
 from parallel.errors import InputError
 from parallel.faults import point
 
+
 def write_checkpoint(
     source: Source,
     folder: Path,
@@ -63,7 +64,8 @@ def write_checkpoint(
     content = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     extras = {**layout.extras(source, plans), **(extra_files or {})}
     if about is not None:
-        extras["growmerge.json"] = (json.dumps({**about, "hash": content}, indent=1, ensure_ascii=False) + "\n").encode()
+        record = {**about, "hash": content}
+        extras["growmerge.json"] = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
     for name, data in extras.items():
         write_bytes(inside(folder, name), data)
     point("write/manifest")
@@ -93,7 +95,7 @@ def _write_tensor(
             out: dict[Slot, torch.Tensor] = {part.slot: torch.empty(shape, dtype=part.dtype) for part in targets}
             source.read(name, box, out, stats)
             for part in targets:
-                data = out[part.slot].reshape(-1).view(torch.uint8).numpy()
+                data: Any = out[part.slot].reshape(-1).view(torch.uint8).numpy()
                 _write_all(handle, memoryview(data), part.offset + (at - begin) * part.dtype.itemsize)
             at += out[targets[0].slot].numel()
 

@@ -1,13 +1,14 @@
 """DeepSpeed ZeRO-3 checkpoints: every tensor of every slot, read from the per-rank files, and one rank's share of it.
 
-Layout (DeepSpeed 0.19): a folder holds, for each data-parallel rank d of n, `zero_pp_rank_{d}_mp_rank_00_model_states.pt`
+Layout (DeepSpeed 0.19): a folder holds, for each data-parallel rank d, `zero_pp_rank_{d}_mp_rank_00_model_states.pt`
 (shapes, names, no weights) and `[bf16_]zero_pp_rank_{d}_mp_rank_00_optim_states.pt` (float32 master weights and Adam's
-moments). Every parameter is flattened row-major and cut into n parts of ceil(numel / n) elements, the last padded; a
-rank's flat buffer of a sub-group is its parts of the sub-group's parameters, one after the other, padding included.
+moments). Every parameter is flattened row-major and cut into n parts, one a rank, of ceil(numel / n) elements, the last
+padded; a rank's flat buffer of a sub-group is its parts of the sub-group's parameters, one after the other, padding
+included.
 Sub-groups depend on the number of ranks, so they are a matter of files alone: a tensor is known by its name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -37,7 +38,7 @@ class _Stub:
         pass
 
 
-ALLOWED = [
+ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Stub, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Stub, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Stub, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),

@@ -47,7 +47,10 @@ def evaluate_model(
         requests += [request for part in cut for request in part]
     for found in pairs.values():
         requests += pair_requests(found, tokenizer)
-    scored = iter(token_logprobs(model, requests, batch_tokens=batch_tokens, rank=rank, world=world, gather=gather, even=even))
+    logprobs = token_logprobs(
+        model, requests, batch_tokens=batch_tokens, rank=rank, world=world, gather=gather, even=even
+    )
+    scored = iter(logprobs)
     languages: dict[str, Any] = {language: {"documents": [], "pairs": []} for language in {**heldout, **pairs}}
     for language, documents in heldout.items():
         for document, count in zip(documents, windows[language], strict=True):

@@ -47,7 +47,7 @@ def token_logprobs(
 
     Requests of similar length share a batch of at most `batch_tokens` tokens, padding included; a longer one is a batch
     of its own. With `gather`, each of `world` ranks scores its share of the batches. `even` makes every rank take the
-    same number of passes, repeating one if need be: a model whose parameters are gathered collectively (ZeRO-3) wants that.
+    same number of passes, repeating one if need be: needed where parameters are gathered collectively (ZeRO-3).
 
     Raises:
         InputError: a token lies outside the model's vocabulary, or a log-probability is not finite.

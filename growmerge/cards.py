@@ -66,7 +66,8 @@ def card(
         ],
     ]
     if results is not None:
-        lines += ["", "## Results", "", "| language | bits per byte on held-out text | 95 % interval |", "|---|---|---|"]
+        lines += ["", "## Results", ""]
+        lines += ["| language | bits per byte on held-out text | 95 % interval |", "|---|---|---|"]
         for language, result in results.items():
             bits = result["bits_per_byte"]
             lines.append(f"| {language} | {bits['value']:.3f} | {bits['low']:.3f} to {bits['high']:.3f} |")

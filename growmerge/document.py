@@ -10,6 +10,8 @@ from parallel.errors import InputError
 
 MOST = 1_000_000
 """Values in a file at most, aliases written out: a few lines of aliases to aliases could else fill the memory."""
+DEEPEST = 50
+"""Levels of nesting at most."""
 _STANDARD = "tag:yaml.org,2002:"
 _SCALARS = ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 
@@ -72,8 +74,8 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, sorted(siblings), n=1)
+        siblings = sorted(other.name for other in path.parent.glob("*"))
+        near = difflib.get_close_matches(path.name, siblings, n=1)
         raise InputError(f"{path}: no such file" + (f"; did you mean {near[0]!r}?" if near else "")) from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, not a pipeline file") from None
@@ -105,6 +107,8 @@ class _Tree:
         line = node.start_mark.line + 1
         if id(node) in self._open:
             raise self._error(line, "an alias in it refers to itself")
+        if len(self._open) > DEEPEST:
+            raise self._error(line, f"nested too deeply: allowed are {DEEPEST} levels")
         if id(node) not in self._done:
             self._open.add(id(node))
             self._done[id(node)] = self._item(node, line)

@@ -26,7 +26,7 @@ PACKAGES = ("growmerge", "torch", "deepspeed", "transformers", "tokenizers", "sa
 
 
 def do_report(context: Context, task: Task) -> None:
-    """Write report.html, report.md and results.json into the task's folder and beside the stages, and links to models."""
+    """Write report.html, report.md and results.json, into the task's folder and the workdir; link the models."""
     memory = context.ranks.gather(peak_memory())
     context.once(lambda: _write(context, task, sum(memory)))
 
@@ -72,7 +72,7 @@ def _link_models(context: Context) -> None:
 
 
 def gather(context: Context, memory_gb: float) -> dict[str, Any]:
-    """Return every number of the run as plain JSON (the contract of growmerge.report), timings in a part of their own."""
+    """Return every number of the run as plain JSON, the contract of growmerge.report; timings apart."""
     pipeline = context.pipeline
     scored = {name: read_json(context.folder(f"evaluate/{name}") / "scores.json") for name in context.nodes}
     metrics = {
@@ -102,11 +102,13 @@ def gather(context: Context, memory_gb: float) -> dict[str, Any]:
         },
         "baselines": baselines,
         "curves": {name: _curve(lines) for name, lines in metrics.items()},
-        "losses": {name: [[line["step"], line["loss"]] for line in lines if "loss" in line] for name, lines in metrics.items()},
+        "losses": {name: _losses(lines) for name, lines in metrics.items()},
         "growth": [_growth(context, name) for name, node in context.nodes.items() if node.verb == "grow"],
         "checks": checks(context, scores, baselines),
         "samples": [sample for found in scored.values() for sample in found["samples"]],
-        "graph": [{"name": node.name, "verb": node.verb, "inputs": list(node.inputs)} for node in context.nodes.values()],
+        "graph": [
+            {"name": node.name, "verb": node.verb, "inputs": list(node.inputs)} for node in context.nodes.values()
+        ],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "timings": _timings(context, memory_gb),
     }
@@ -145,7 +147,9 @@ def checks(context: Context, scores: Mapping[str, Any], baselines: Mapping[str, 
     found = []
     evaluation = context.pipeline.evaluation
     for check in context.pipeline.checks:
-        for model in dict.fromkeys(name for template in check.models for name in match(context.nodes, template)):
+        for model in dict.fromkeys(
+            name for template in check.models for name in match(context.nodes, template, context.pipeline.study)
+        ):
             ours, theirs = scores[model][check.language], baselines[check.language][check.beats]
             interval = difference_interval(
                 [row[1] for row in theirs],
@@ -245,6 +249,10 @@ def _curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for line in lines
         if "evaluation" in line
     ]
+
+
+def _losses(lines: list[dict[str, Any]]) -> list[list[float]]:
+    return [[line["step"], line["loss"]] for line in lines if "loss" in line]
 
 
 def _growth(context: Context, name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class TextSource:
     """Where text comes from: exactly one of `package` and `files` names the place."""
 
     package: str | None = None
-    """A package index requirement, pinned, such as `homeassistant==2025.4.4`: its wheel is read as a zip, never installed."""
+    """A pinned package, such as `homeassistant==2025.4.4`: its wheel is read as a zip, never installed."""
     sha256: str | None = None
     """Checksum of the wheel; a download that differs is refused."""
     python_version: str | None = None

@@ -58,7 +58,8 @@ def do_baselines(context: Context, task: Task) -> None:
         training = [document.text for document in corpus.training]
         scores = score_baselines(corpus.heldout, tokenizer, training=training, vocab=tokenizer.vocab_size)
         rows: Mapping[str, Any] = {
-            name: [[score.id, score.bits, score.bytes, score.tokens] for score in found] for name, found in scores.items()
+            name: [[score.id, score.bits, score.bytes, score.tokens] for score in found]
+            for name, found in scores.items()
         }
         heldout = [document.text for document in corpus.heldout]
         mine[language] = {**rows, "xz": xz_bits(training, heldout) / sum(len(text.encode()) for text in heldout)}

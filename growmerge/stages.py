@@ -41,7 +41,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def do_train(context: Context, task: Task) -> None:
     config = task.config
     tokenizer = tokenizer_of(context)
-    plan = RunPlan(**{key: tuple(value) if isinstance(value, list) else value for key, value in config["training"].items()})
+    how: dict[str, Any] = dict(config["training"])
+    plan = RunPlan(**{**how, "betas": tuple(how["betas"])})
     mixture, files = config["mixture"], {}
     for name in mixture:
         files[name] = open_tokens(context.folder("tokens") / name)

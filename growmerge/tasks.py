@@ -14,7 +14,7 @@ from typing import Any
 from checkpoint import manifest
 from growmerge.config import merged_training
 from growmerge.graph import Node
-from growmerge.schema import Pipeline
+from growmerge.schema import Pipeline, TrainStage
 from parallel.errors import InputError
 
 VERSIONS = {
@@ -112,7 +112,7 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
     named = [config["from_"]] if isinstance(config["from_"], str) else list(config["from_"])
     paths = [name for name in [*named, config.get("base")] if name and name not in (*node.inputs, "scratch")]
     config["stamps"] = {path: _path_stamp(path, base) for path in paths}
-    if node.verb == "train":
+    if isinstance(node.stage, TrainStage):
         config["training"] = asdict(merged_training(pipeline, node.stage))
         config["mixture"] = dict(pipeline.mixtures[node.stage.data])
         config["evaluation"] = {key: _evaluation(pipeline)[key] for key in ("window", "stride")}

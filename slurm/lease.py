@@ -46,9 +46,7 @@ def this_process(doing: str) -> Owner:
     except (KeyError, OSError):
         user = str(os.getuid())
     pid = os.getpid()
-    return Owner(
-        host=socket.gethostname(), user=user, pid=pid, started=psutil.Process(pid).create_time(), doing=doing
-    )
+    return Owner(host=socket.gethostname(), user=user, pid=pid, started=psutil.Process(pid).create_time(), doing=doing)
 
 
 def alive(pid: int, started: float) -> bool:

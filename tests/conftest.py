@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from parallel.errors import InputError
-from parallel.ranks import Ranks, connect
+from parallel.ranks import connect
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class ShardEngine(CheckpointEngine):
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest sound checkpoint of a run's folder, and a line for each damaged one that was passed over."""
-    damaged = []
+    damaged: list[str] = []
     if folder.is_dir():
         for path in sorted((path for path in folder.iterdir() if manifest.is_complete(path)), reverse=True):
             try:

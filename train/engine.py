@@ -25,7 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 
 PERSISTENT = 10**6
-"""Tensors of up to so many elements stay whole on every rank; fetching them anew for each layer costs more than that."""
+"""Tensors of up to so many elements stay whole on every rank; fetching them anew for each layer costs more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def build_model(config: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torc
 
 
 def _gather_at_once(persistent: list[Any]) -> None:
-    """Gather the persistent parameters after a step in one collective; DeepSpeed's one a parameter costs 20 % a step."""
+    """Gather the persistent parameters after a step in one collective; DeepSpeed uses one a parameter."""
 
     def gather(param_list: list[Any]) -> None:
         apart = [parameter for parameter in param_list if parameter.ds_status.name == "NOT_AVAILABLE"]

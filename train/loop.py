@@ -116,9 +116,7 @@ def train(
         evaluate_now(0)
     began, behind = time.monotonic(), first
     for step in range(first, plan.steps):
-        rate = plan.lr * wsd(
-            step, steps=plan.steps, warmup=plan.warmup, decay=plan.decay, shape=plan.decay_shape
-        )
+        rate = plan.lr * wsd(step, steps=plan.steps, warmup=plan.warmup, decay=plan.decay, shape=plan.decay_shape)
         batches = [
             load_batch(sample, step, number, micro=micro, passes=passes, plan=plan, ranks=ranks)
             for number in range(passes)
@@ -133,9 +131,7 @@ def train(
             )
         done = step + 1
         point(f"step/{done}")
-        log.write(
-            {"step": done, "tokens": done * scored, "loss": loss, "lr": rate, "grad_norm": engine.grad_norm}
-        )
+        log.write({"step": done, "tokens": done * scored, "loss": loss, "lr": rate, "grad_norm": engine.grad_norm})
         if ranks.first:
             speed = (done - behind) * scored / (time.monotonic() - began)
             report({"event": "step", "step": done, "steps": plan.steps, "loss": loss, "tokens_per_second": speed})

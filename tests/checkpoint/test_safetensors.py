@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import read_tensor
 from checkpoint.writer import write_checkpoint
-from conftest import tiny_config
 from parallel.errors import InputError
 
 

@@ -5,11 +5,11 @@ import os
 
 import pytest
 import torch
+from conftest import on_ranks, tiny_config
 
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
 from checkpoint.source import read_tensor
-from conftest import on_ranks, tiny_config
 from parallel.errors import InputError
 from train.engine import Engine, EngineConfig
 

@@ -179,7 +179,8 @@ ERRORS = [
     ("name: small", "<<: 3", "1: << takes a mapping or a list of them, not 3"),
     ("name: small", "name: !!python/name:os.system x", "1: the YAML tag '*python/name:os.system' is not allowed: *"),
     ("name: small", 'name: "\\UFFFFFFFF"', "1: not valid YAML: a number or character is too large"),
-    ("name: small", "name: " + "[" * 500, "1: not valid YAML: nested too deeply"),
+    ("name: small", "name: " + "[" * 500, "*: not valid YAML: nested too deeply"),
+    ("name: small", "name:\n " + "[" * 200 + "]" * 200, "2: nested too deeply: allowed are 50 levels"),
     ("seed: 3", "seed: 3\x07", "2: not valid YAML: it holds the character '\\x07'"),
 ]
 

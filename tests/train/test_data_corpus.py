@@ -135,6 +135,12 @@ def test_decontamination_looks_at_what_dropping_brings_together() -> None:
     assert kept == [Document(id="t", passages=("e f 3 4", "5 6"))]
     assert dropped == {"equal": 1, "shared_ngram": 2}
 
+    held = [Document(id="h", passages=("a b c", "p q r"))]
+    training = [Document(id="t", passages=("1 a", "p q r 2", "b c 3", "4"))]
+    kept, dropped = decontaminate(training, held, 3)
+    assert kept == [Document(id="t", passages=("4",))], "without the second passage, the first and third make a b c"
+    assert dropped == {"equal": 0, "shared_ngram": 3}
+
 
 def test_duplicates_are_dropped_and_the_first_kept(tmp_path: Path) -> None:
     rows = ["same\nfirst only\nsame", "same\nsecond only", "same", "Same", "five\nsix", "seven"]
@@ -194,6 +200,14 @@ def test_the_parallel_part_fits_in_every_language() -> None:
     assert len(found["a"]) == 100, "half of the documents; bytes would allow no more either"
     ours = {name for name in found["c"] if name.startswith("d")}
     assert 28 <= len(ours) <= 50 and len(found["c"] - ours) == (1000 - 28 * 10) * 18000 // 20000 // 50
+
+    doubled = candidates(dict.fromkeys(names, 20))
+    mixed = doubled + candidates({f"x{number}": 50 for number in range(360)}, source=1)
+    found = choose_heldout({"a": doubled, "b": mixed}, share=0.5, max_bytes=1000, seed=1)
+    assert len(found["a"]) == 50
+    ours = {name for name in found["b"] if name.startswith("d")}
+    assert len(ours) == 25 + 500 * 4000 // 22_000 // 20, "half of the bytes, and this source's part of the other half"
+    assert len(found["b"] - ours) == 500 * 18_000 // 22_000 // 50
 
     one_forbidden = [*small[1:], Candidate(id="d0", source=0, size=10, allowed=False)]
     everything = choose_heldout({"a": small, "b": one_forbidden}, share=0.999, max_bytes=10**6, seed=1)

@@ -1,4 +1,4 @@
-"""Training runs on real ranks: resume after an end at any step, evaluation of the running engine, the order of samples."""
+"""Training runs on real ranks: exact and elastic resume, evaluation of the running engine, schedules."""
 
 import json
 import shutil
@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import on_ranks, tiny_config
 
 from checkpoint import manifest
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
-from conftest import on_ranks, tiny_config
+from checkpoint.zero3 import load_pickle
 from eval.evaluate import evaluate_model
 from eval.model import load_model
 from parallel.errors import InputError
@@ -60,8 +61,17 @@ def sample(number):
 def go(ranks, folder, plan=PLAN):
     def evaluate(model):
         return evaluate_model(
-            model, Letters(), {"eng": DOCUMENTS}, {}, window=16, stride=8, batch_tokens=64, rank=ranks.rank,
-            world=ranks.world_size, gather=ranks.gather, even=True,
+            model,
+            Letters(),
+            {"eng": DOCUMENTS},
+            {},
+            window=16,
+            stride=8,
+            batch_tokens=64,
+            rank=ranks.rank,
+            world=ranks.world_size,
+            gather=ranks.gather,
+            even=True,
         )
 
     config = tiny_config()
@@ -102,7 +112,7 @@ def test_a_run_resumes_exactly_and_evaluates_as_the_saved_model(tmp_path):
     on_ranks(tmp_path, 2, go, str(cut))
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for name in ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"):
-        ours, theirs = (torch.load(root / "checkpoints" / "step-00000006" / name, weights_only=False) for root in (cut, whole))
+        ours, theirs = (load_pickle(root / "checkpoints" / "step-00000006" / name) for root in (cut, whole))
         for one, other in zip(
             ours["optimizer_state_dict"]["fp32_flat_groups"],
             theirs["optimizer_state_dict"]["fp32_flat_groups"],
