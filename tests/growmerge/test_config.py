@@ -346,3 +346,21 @@ def test_the_front_door_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("corpora", "language without text: no corpus is given"),
+        ("mixtures", "none is given"),
+        ("stages", "none is given"),
+    ],
+)
+def test_a_pipeline_needs_text_mixtures_and_stages(key: str, problem: str, tmp_path: Path) -> None:
+    parts = {"corpora": "{a: {name: A, sources: [{files: a.txt}]}}", "mixtures": "{m: {a: 1}}"}
+    parts["stages"] = "{s: {grow: {from: ./x}}}"
+    text = "name: n\n" + "\n".join(f"{name}: {'{}' if name == key else part}" for name, part in parts.items())
+    path = write(tmp_path, text)
+    with pytest.raises(InputError) as caught:
+        load_pipeline(path)
+    assert str(caught.value) == f"{path}:{2 + list(parts).index(key)}: {key}: {problem}"
