@@ -80,6 +80,18 @@ def run(pipeline: Path, workdir: Path | None, executor: str, dry_run: bool) -> N
 
 
 @main.command()
+@click.argument("workdir", type=click.Path(path_type=Path))
+def report(workdir: Path) -> None:
+    """Make report.html and report.md of a finished run's WORKDIR anew, from its results.json."""
+    from checkpoint.files import read_json, write_bytes
+    from growmerge.report import render
+
+    html, markdown = render(read_json(workdir / "results.json"))
+    write_bytes(workdir / "report.html", html.encode())
+    write_bytes(workdir / "report.md", markdown.encode())
+
+
+@main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Read every byte and compare checksums.")
 def inspect(checkpoint: Path, check: bool) -> None:

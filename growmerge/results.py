@@ -13,7 +13,7 @@ from typing import Any
 from checkpoint.files import read_json, write_bytes, write_json
 from eval.bootstrap import difference_interval
 from growmerge.context import Context
-from growmerge.graph import match
+from growmerge.graph import Node, match, study_stages
 from growmerge.report import analyse, render
 from growmerge.schema import Study
 from growmerge.tasks import Task
@@ -113,29 +113,29 @@ def gather(context: Context, memory_gb: float) -> dict[str, Any]:
         "timings": _timings(context, memory_gb),
     }
     if pipeline.study is not None:
-        raw["study"] = study_stages(pipeline.study, list(pipeline.study.languages))
+        raw["study"] = _study(pipeline.study, context.nodes)
     return raw
 
 
-def study_stages(study: Study, languages: list[str]) -> dict[str, Any]:
-    """Return the stages that the study's templates stand for."""
-    setups = study.setups
+def _study(study: Study, nodes: Mapping[str, Node]) -> dict[str, Any]:
+    """Return the stages that the study's templates stand for, nested by setup; a file may have no joint models."""
+
+    def by_setup(part: str) -> dict[str, dict[str, str]]:
+        nested: dict[str, dict[str, str]] = {}
+        for (setup, other), name in study_stages(study, part).items():
+            nested.setdefault(setup, {})[other] = name
+        return nested
+
     return {
         "source_language": study.source_language,
-        "languages": languages,
-        "setups": list(setups),
+        "languages": list(study.languages),
+        "setups": list(study.setups),
         "methods": list(study.methods),
         "seed": study.seed,
-        "base": {setup: study.base.format(setup=setup) for setup in setups},
-        "adapted": {
-            setup: {language: study.adapted.format(setup=setup, language=language) for language in languages}
-            for setup in setups
-        },
-        "joint": {setup: study.joint.format(setup=setup) for setup in setups},
-        "merged": {
-            setup: {method: study.merged.format(setup=setup, method=method) for method in study.methods}
-            for setup in setups
-        },
+        "base": {setup: name for (setup,), name in study_stages(study, "base").items()},
+        "adapted": by_setup("adapted"),
+        "joint": {setup: name for (setup,), name in study_stages(study, "joint").items() if name in nodes},
+        "merged": by_setup("merged"),
     }
 
 

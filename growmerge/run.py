@@ -12,6 +12,7 @@ from growmerge.config import load_pipeline
 from growmerge.events import EventLog, Follower
 from growmerge.graph import Node, expand
 from growmerge.schema import Pipeline
+from growmerge.shapes import model_configs
 from growmerge.tasks import Task, build_tasks
 from parallel.errors import InputError
 
@@ -40,6 +41,7 @@ def load(path: Path, workdir: Path | None) -> Plan:
     nodes = expand(pipeline, lines, path)
     workdir = (workdir or Path("runs") / pipeline.name).absolute()
     base = path.absolute().parent
+    model_configs(pipeline, nodes, base=base)  # refuses shapes that do not fit, before anything runs
     return Plan(
         pipeline=pipeline, nodes=nodes, tasks=build_tasks(pipeline, nodes, workdir, base), base=base, workdir=workdir
     )

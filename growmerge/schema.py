@@ -16,7 +16,7 @@ Reader = Literal["jsonl", "parquet", "txt", "json-strings", "pythonbible"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """Where text comes from: exactly one of `package` and `files` names the place."""
+    """Where text comes from: files on disk, or inside a package's wheel."""
 
     package: str | None = None
     """A pinned package, such as `homeassistant==2025.4.4`: its wheel is read as a zip, never installed."""

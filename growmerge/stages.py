@@ -12,6 +12,7 @@ from checkpoint import manifest
 from checkpoint.files import read_json, write_bytes, write_json
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
+from checkpoint.provenance import descend
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import Source
 from checkpoint.writer import write_checkpoint
@@ -182,6 +183,8 @@ def do_merge(context: Context, task: Task) -> None:
             scale=config["scale"],
             normalize=config["normalize"],
         )
+        for note in merged.notes:
+            context.report({"event": "note", "stage": task.name, "text": note})
         _export(context, task, merged)
 
     context.once(action)
@@ -191,21 +194,13 @@ def _export(context: Context, task: Task, source: Source) -> None:
     """Write a stage's model as a plain Hugging Face folder, with tokenizer, provenance and card."""
     names = [*dict.fromkeys(_parents(task))]
     folders = {name: context.model(name) for name in names}
-    records = {name: _provenance(folder) for name, folder in folders.items()}
-    parents = [{"name": name, "hash": records[name].get("hash")} for name in names]
-    ancestors = {
-        value
-        for record in records.values()
-        for value in [record.get("hash"), *record.get("ancestors", [])]
-        if value is not None
-    }
+    records = [{**_provenance(folder), "name": name} for name, folder in folders.items()]
     about = {
         "format": 1,
         "name": task.name,
         "verb": task.verb,
         "recipe": dict(task.config),
-        "parents": parents,
-        "ancestors": sorted(ancestors),
+        **descend(records),
         "tokens": source.run.tokens,
         "versions": {"growmerge": __version__, "torch": torch.__version__},
     }

@@ -29,7 +29,6 @@ VERSIONS = {
     "report": 1,
 }
 """Raised when a verb's results change, so that old ones are not taken for new."""
-RESERVED = ("text", "tokens", "pairs", "evaluate", "baselines", "report")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,7 +125,8 @@ class ShardEngine(CheckpointEngine):
         state, groups = {}, []
         live = {group["name"]: group for group in optimizer.param_groups}
         for index, (sub_group, flat) in enumerate(zip(self._topology.sub_groups, shards, strict=True)):
-            step = source.groups[sub_group.group].step if sub_group.group in source.groups else 0
+            # By the tensors' own group: a checkpoint of another tool may call its groups otherwise.
+            step = source.groups[source.infos[sub_group.tensors[0][0]].group].step
             state[index] = {
                 "step": torch.tensor(float(step)),
                 "exp_avg": flat["exp_avg"],

@@ -10,6 +10,8 @@ from conftest import on_ranks, tiny_config
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
 from checkpoint.source import read_tensor
+from checkpoint.writer import write_checkpoint
+from checkpoint.zero3_layout import Zero3Layout
 from parallel.errors import InputError
 from train.engine import Engine, EngineConfig
 
@@ -95,6 +97,62 @@ def test_bfloat16_resumes_exactly_and_weights_are_rounded_masters(tmp_path):
     weight, master = read_tensor(source, name, dtype=torch.bfloat16), read_tensor(source, name, "master")
     assert torch.equal(weight, master.to(torch.bfloat16))
     assert not torch.equal(weight.float(), master)
+
+
+def plain_deepspeed(ranks, folder, tag, first, last):
+    """Load a folder with DeepSpeed's own loader and train on; return losses."""
+    import deepspeed
+
+    from train.engine import build_model, deepspeed_config, parameter_groups
+
+    config = tiny_config()
+    how = EngineConfig(
+        micro_batch=BATCH // ranks.world_size,
+        accumulation=1,
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.1,
+        clip=0.5,
+        precision="float32",
+    )
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    model = build_model(config, deepspeed_config(how))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config, 0.1), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(how))
+    loaded, client = engine.load_checkpoint(folder, tag=tag)
+    assert loaded is not None
+    assert client["growmerge"]["tokens"] == 7
+    assert engine.global_steps == first
+    losses = []
+    for step in range(first, last):
+        ids, _ = batch_of(step, ranks)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 1e-2
+        logits = engine(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(ranks.sum(loss.detach().double())) / ranks.world_size)
+    return losses
+
+
+def test_what_we_write_for_other_ranks_deepspeed_itself_loads_and_trains_on(tmp_path):
+    (losses, _, _), _ = on_ranks(tmp_path, 2, run, str(tmp_path / "run"), 0, 5, "float32", 3)
+    source = open_checkpoint(tmp_path / "run" / "step-3")
+    three, back = tmp_path / "three", tmp_path / "back"
+    write_checkpoint(source, three / "t", Zero3Layout(ranks=3), workers=2)
+    found = on_ranks(tmp_path, 3, plain_deepspeed, str(three), "t", 3, 5)
+    assert found[0] == pytest.approx(losses[3:], abs=1e-5)
+
+    # There and back: every element of every slot, and step, groups and run.
+    write_checkpoint(open_checkpoint(three / "t"), back / "t", Zero3Layout(ranks=2))
+    again = open_checkpoint(back / "t")
+    assert (again.groups, again.run.tokens, again.run.step) == (source.groups, 7, 3)
+    for name, info in source.infos.items():
+        assert again.infos[name] == info
+        for slot in info.slots:
+            assert torch.equal(read_tensor(again, name, slot), read_tensor(source, name, slot)), (name, slot)
 
 
 class Trap:

@@ -1,0 +1,322 @@
+"""`growmerge run`, the whole of it, on a toy pipeline: a run, killed runs, changed files, two at once."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from toy import PIPELINE, command, growmerge, numbers, started, write_toy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoint import manifest
+
+POINTS = [
+    "step/3",  # in a step, before the first checkpoint
+    "save/optim/1",  # after a shard
+    "save/manifest",  # before the manifest
+    "save/pointer",  # before the pointer
+    "write/model.safetensors",  # after a shard of the exported model
+    "write/manifest",
+    "stage/base-1x",  # a stage's work done, the stage not yet complete
+    "stage/2x-ties",
+    "stage/report",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a pipeline, and the workdir of one undisturbed run of it."""
+    folder = tmp_path_factory.mktemp("toy")
+    path = write_toy(folder)
+    ran = growmerge("run", str(path), "--workdir", str(folder / "run"))
+    assert ran.returncode == 0, ran.stderr
+    assert "report:" in ran.stdout
+    return folder, ran
+
+
+def run_of(undisturbed):
+    return undisturbed[0] / "run"
+
+
+def test_a_run_ends_with_models_that_stock_transformers_loads(undisturbed):
+    workdir = run_of(undisturbed)
+    found = numbers(workdir)
+    assert {name for name, model in found["models"].items() if model["verb"] == "merge"} == {
+        "1x-linear",
+        "1x-ties",
+        "2x-linear",
+        "2x-ties",
+    }
+    code = (
+        "import sys, json, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "text = json.loads(open(sys.argv[2]).readline())['text']\n"
+        "ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids][:32]])\n"
+        "print(float(model(ids, labels=ids).loss) * (ids.shape[1] - 1), type(model).__name__, "
+        "model.lm_head.weight is model.model.embed_tokens.weight)\n"
+    )
+    (text,) = (workdir / "stages" / "text").glob("*/swe/heldout.jsonl")
+    bare = subprocess.run(
+        [sys.executable, "-c", code, str(workdir / "models" / "2x-swe"), str(text)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    loss, kind, tied = bare.stdout.split()
+    assert (kind, tied) == ("LlamaForCausalLM", "True")
+    # The report's number for that document covers it whole; its first window is part of it.
+    bits = found["scores"]["2x-swe"]["swe"][0][1]
+    assert 0 < float(loss) / 0.6931 < bits
+    card = (workdir / "models" / "2x-swe" / "README.md").read_text()
+    for words in ("CC0-1.0", "| Toy Swedish |", "- base-2x", "| swe | "):
+        assert words in card or words.replace("| Toy Swedish |", "| Toy Swedish |") in card
+    record = json.loads((workdir / "models" / "2x-swe" / "growmerge.json").read_text())
+    seed = json.loads((workdir / "models" / "seed" / "growmerge.json").read_text())
+    assert seed["hash"] in record["ancestors"]
+
+
+def test_growth_is_exact_before_the_first_step(undisturbed):
+    found = numbers(run_of(undisturbed))
+    assert [growth["stage"] for growth in found["growth"]] == ["seed-2x"]
+    assert found["growth"][0]["difference"] <= 1e-5
+    # The running engine of the next stage, before its first step, scores as the small model did at its end.
+    start, end = found["curves"]["base-2x"][0], found["curves"]["seed"][-1]
+    assert start["step"] == 0
+    for ours, theirs in zip(start["scores"]["eng"], end["scores"]["eng"], strict=True):
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+def test_the_report_is_one_file_and_every_number_is_in_the_results(undisturbed):
+    workdir = run_of(undisturbed)
+    html = (workdir / "report.html").read_text()
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "CC0-1.0" in html
+    found = numbers(workdir)
+    assert f"{found['bits_per_byte']['2x-swe']['swe']['value']:.3f}" in html
+    assert all(check["passed"] for check in found["checks"])
+    assert (workdir / "report.md").read_text().startswith("# ")
+
+
+def test_run_again_does_nothing_and_needs_no_torch(undisturbed):
+    folder, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
+    again = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(folder / "run"))
+    assert again.returncode == 0
+    assert "nothing to do: all" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
+    code = (
+        "import sys\nfrom growmerge.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(sorted(set(sys.modules) & {'torch', 'transformers', 'deepspeed', 'matplotlib', 'submitit', 'datasets'}))"
+    )
+    broken = folder / "broken.yaml"
+    broken.write_text(PIPELINE.replace("heldout:", "heldowt:"))
+    for arguments in (
+        ["--help"],
+        ["run", str(folder / "toy.yaml"), "--workdir", str(folder / "run")],
+        ["run", str(broken)],
+    ):
+        shown = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert shown.stdout.strip().endswith("[]"), arguments
+
+
+def kill_tree(process: psutil.Process) -> None:
+    """SIGKILL a process and all that came from it, as the machine's end would."""
+    family = [process, *process.children(recursive=True)]
+    for member in family:
+        member.suspend()  # none may notice that another is gone
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=10)
+
+
+def run_and_kill(folder: Path, workdir: Path, *, at: str | None = None, after: float = 0.0) -> bool:
+    """Start the run, kill all of it at a point or after some seconds; return whether it was killed before its end."""
+    marker = workdir.parent / f"reached-{random.random()}"
+    environment = {**os.environ, **({"GROWMERGE_FAULT": f"{marker}:{at}"} if at else {})}
+    process = psutil.Popen(
+        command("run", str(folder / "toy.yaml"), "--workdir", str(workdir)),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    began = time.monotonic()
+    while process.poll() is None:
+        if marker.exists() or (not at and time.monotonic() - began > after):
+            kill_tree(psutil.Process(process.pid))
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def assert_same(folder: Path, workdir: Path) -> None:
+    assert numbers(workdir) == numbers(folder / "run")
+    for model in (folder / "run" / "models").iterdir():
+        ours = (workdir / "models" / model.name / "model.safetensors").read_bytes()
+        assert ours == (model / "model.safetensors").read_bytes(), model.name
+
+
+def test_killed_at_every_named_point_it_ends_with_the_very_numbers(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir = tmp_path / "run"
+    for point in POINTS:
+        assert run_and_kill(folder, workdir, at=point), f"{point} was never reached"
+    ended = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+    assert ended.returncode == 0, ended.stderr
+    assert_same(folder, workdir)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_it_ends_with_the_very_numbers(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    draw = random.Random(0)
+    kills = 0
+    round_of = 0
+    while kills < 20:
+        round_of += 1
+        workdir = tmp_path / f"run{round_of}"
+        while run_and_kill(folder, workdir, after=draw.uniform(0.3, 25.0)):
+            kills += 1
+            if kills == 20:
+                break
+        ended = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+        assert ended.returncode == 0, ended.stderr
+        assert_same(folder, workdir)
+
+
+def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir = tmp_path / "run"
+    shutil.copytree(folder / "run", workdir, symlinks=True)
+    changed = folder / "changed.yaml"
+    changed.write_text(PIPELINE.replace('method: "{method}"}', 'method: "{method}", density: 0.3}'))
+    ran = growmerge("run", str(changed), "--workdir", str(workdir))
+    assert ran.returncode == 0, ran.stderr
+    assert started(workdir) == [
+        *["1x-linear", "1x-ties", "2x-linear", "2x-ties"],
+        *[f"evaluate/{name}" for name in ("1x-linear", "1x-ties", "2x-linear", "2x-ties")],
+        "report",
+    ]
+    before, after = numbers(folder / "run"), numbers(workdir)
+    assert after["scores"]["2x-linear"] == before["scores"]["2x-linear"]  # linear has no density
+    assert after["scores"]["2x-ties"] != before["scores"]["2x-ties"]
+
+    # A file that was damaged since is noticed by its size and made again.
+    victim = workdir / "models" / "2x-ties" / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-4])
+    ran = growmerge("run", str(changed), "--workdir", str(workdir))
+    assert ran.returncode == 0, ran.stderr
+    assert started(workdir) == ["2x-ties"]
+    manifest.check(victim.resolve().parent, deep=True)
+
+    # A check that the run does not pass: an undertrained model.
+    changed.write_text(PIPELINE.replace("by: 0.2", "by: 5.0"))
+    failed = growmerge("run", str(changed), "--workdir", str(workdir))
+    assert failed.returncode == 1
+    assert "check failed: seed on eng beats the unigram model by" in failed.stderr
+    again = growmerge("run", str(changed), "--workdir", str(workdir))
+    assert again.returncode == 1
+    assert "nothing to do" in again.stdout
+
+
+def test_a_second_run_at_once_is_refused_with_its_owners_name(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir = tmp_path / "run"
+    marker = tmp_path / "reached"
+    first = psutil.Popen(
+        command("run", str(folder / "toy.yaml"), "--workdir", str(workdir)),
+        env={**os.environ, "GROWMERGE_FAULT": f"{marker}:stage/text"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not marker.exists():
+        time.sleep(0.05)
+    second = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+    kill_tree(psutil.Process(first.pid))
+    assert second.returncode == 2
+    assert second.stderr.count("\n") == 1
+    assert f"{workdir} is in use: growmerge run" in second.stderr
+    assert f"pid {first.pid} of" in second.stderr
+
+
+def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir, marker = tmp_path / "run", tmp_path / "reached"
+    process = psutil.Popen(
+        command("run", str(folder / "toy.yaml"), "--workdir", str(workdir)),
+        env={**os.environ, "GROWMERGE_FAULT": f"{marker}:save/optim/1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not marker.exists():
+        time.sleep(0.05)
+    ranks = [child for child in process.children(recursive=True) if "_submit" in " ".join(child.cmdline())]
+    max(ranks, key=lambda child: child.create_time()).kill()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "it died without a message (killed, or out of memory)" in error
+    assert "Traceback" not in error
+
+
+def test_untrained_models_fail_the_check_that_trained_ones_pass(undisturbed):
+    """The check itself, on the numbers of this run: what the seed knows, and what a model knows that learned nothing."""
+    from dataclasses import dataclass, field
+    from typing import Any
+
+    from growmerge.config import load_pipeline
+    from growmerge.graph import expand
+    from growmerge.results import checks
+
+    folder, _ = undisturbed
+    pipeline, marks = load_pipeline(folder / "toy.yaml")
+    nodes = expand(pipeline, marks, folder / "toy.yaml")
+
+    @dataclass
+    class Context:
+        pipeline: Any
+        nodes: Any = field(default_factory=dict)
+
+    found = numbers(folder / "run")
+    trained, untrained = found["scores"]["seed"], {"eng": found["curves"]["seed"][0]["scores"]["eng"]}
+    (good,) = checks(Context(pipeline, nodes), {"seed": trained}, found["baselines"])
+    (bad,) = checks(Context(pipeline, nodes), {"seed": untrained}, found["baselines"])
+    assert good["passed"]
+    assert good["low"] >= 0.2
+    assert not bad["passed"]
+    assert bad["value"] < 0
+
+
+def test_loading_a_merged_model_gives_the_reports_numbers(undisturbed):
+    """Stock transformers, one token after the other in one pass, against the report's bits of a whole document."""
+    workdir = run_of(undisturbed)
+    found = numbers(workdir)
+    folder = workdir / "models" / "1x-ties"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (path,) = (workdir / "stages" / "text").glob("*/est/heldout.jsonl")
+    document = json.loads(path.read_text().splitlines()[0])
+    ids = [tokenizer.bos_token_id, *tokenizer(document["text"], add_special_tokens=False).input_ids]
+    window, stride, bits, done, start = 32, 16, 0.0, 1, 0
+    while done < len(ids):
+        stop = min(start + window, len(ids))
+        with torch.no_grad():
+            logs = torch.log_softmax(model(torch.tensor([ids[start:stop]])).logits[0].double(), dim=-1)
+        for position in range(done, stop):
+            bits -= float(logs[position - start - 1, ids[position]]) / 0.6931471805599453
+        start, done = start + stride, stop
+    row = found["scores"]["1x-ties"]["est"][0]
+    assert row[0] == document["id"]
+    assert row[1] == pytest.approx(bits, rel=1e-5)
