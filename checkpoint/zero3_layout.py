@@ -156,7 +156,7 @@ def _create_optim(path: Path, *, source: Source, topology: Topology, rank: int) 
             torch.save(state, path)
     finally:
         torch.serialization.set_crc32_options(checked)
-    reader = torch._C.PyTorchFileReader(str(path))
+    reader: Any = torch._C.PyTorchFileReader(str(path))
     offsets = {id(tensor): reader.get_record_offset(f"data/{number}") for number, tensor in enumerate(order)}
     with path.open("r+b") as file:
         for step, value in steps:

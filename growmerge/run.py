@@ -63,13 +63,14 @@ def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
     if not todo:
         return _finished(plan, [])
     from growmerge.show import Show
+    from growmerge.worker import JOB_LEASE
     from slurm.executor import choose
     from slurm.lease import Lease, holder
 
     kind = choose(executor)
     plan.workdir.mkdir(parents=True, exist_ok=True)
     with Lease(plan.workdir / "lease.json", f"growmerge run {path}"):
-        _wait_for_orphans(plan.workdir / "job.json", holder)
+        _wait_for_orphans(plan.workdir / JOB_LEASE, holder)
         # Another run may have done some of it between the look above and the lease.
         todo = [name for name, task in plan.tasks.items() if not task.done]
         with Show(plan, todo, EventLog(plan.workdir / "log.jsonl")) as show:
@@ -155,6 +156,7 @@ def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) ->
         threads=threads,
         minutes=resources.minutes,
         memory_gb=resources.memory_gb,
+        gpus=resources.gpus,
         slurm=resources.slurm,
     )
     handle = submit(job, kind, folder)
@@ -185,11 +187,16 @@ def _crash(handle: Any, folder: Path) -> str | None:
     if not errors:
         return None
     # A rank that was killed leaves no traceback; the others then fail in a collective. Name the first cause.
-    silent = [pair for pair in errors if not Path(pair[1].paths.stderr).read_text(errors="replace").count("Traceback")]
+    logs = {task: _text(one.paths.stderr) for task, one in errors}
+    silent = [pair for pair in errors if "Traceback" not in logs[pair[0]]]
     task, one = (silent or errors)[0]
-    text = Path(one.paths.stderr).read_text(errors="replace").strip().splitlines()
-    last = text[-1][:300] if text and not silent else "it died without a message (killed, or out of memory)"
+    lines = logs[task].strip().splitlines()
+    last = lines[-1][:300] if lines and not silent else "it died without a message (killed, or out of memory)"
     return f"rank {task} failed: {last}; log: {one.paths.stderr}"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def _finished(plan: Plan, done: list[str]) -> int:

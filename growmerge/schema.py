@@ -241,10 +241,12 @@ class Resources:
 
     ranks: int = 2
     """Training processes, one a device."""
+    gpus: int = 0
+    """GPUs a node, one a rank; 0 computes on the CPU."""
     threads: int | None = None
     """Threads a process; by default the cores divided by the ranks."""
     minutes: int = 60
-    """Time limit of a job."""
+    """Time limit of a SLURM job."""
     memory_gb: int | None = None
     """Memory limit of a job (GB); none by default."""
     pack: bool = True

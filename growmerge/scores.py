@@ -13,6 +13,7 @@ from growmerge.context import Context
 from growmerge.stages import write_card
 from growmerge.tasks import Task
 from growmerge.texts import heldout_documents, read_pairs, tokenizer_of
+from parallel.ranks import device
 from train.data.corpus import read_corpus
 
 
@@ -20,7 +21,7 @@ def do_evaluate(context: Context, task: Task) -> None:
     stage = context.tasks[task.inputs[0]]
     how = task.config["evaluation"]
     source = open_checkpoint(stage.folder / "model")
-    model = load_model(source)
+    model = load_model(source).to(device())
     tokenizer = tokenizer_of(context)
     heldout = heldout_documents(context)
     result = evaluate_model(

@@ -5,9 +5,9 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from growmerge.context import Context, Resources
 from growmerge.events import EventLog
@@ -15,6 +15,8 @@ from growmerge.graph import Node
 from growmerge.schema import Pipeline
 from growmerge.tasks import Task
 from parallel.errors import InputError
+
+JOB_LEASE = "job.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,38 +50,49 @@ def work(order: Order) -> str | None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
-    from growmerge.verbs import do
     from parallel.ranks import connect
     from slurm.executor import task_environment
+    from slurm.lease import Lease
 
     torch.set_num_threads(order.threads)
     rank, world = task_environment()
-    log = EventLog(order.events) if rank == 0 else None
-    ranks = connect(rank, world, rendezvous=order.rendezvous)
-    context = Context(
-        pipeline=order.pipeline,
-        nodes=order.nodes,
-        tasks=order.tasks,
-        base=order.base,
-        workdir=order.workdir,
-        ranks=ranks,
-        resources=Resources(threads=order.threads, began=order.began),
-        report=log.write if log else lambda event: None,
-    )
-    for name in order.todo:
-        started = time.time()
-        context.report({"event": "start", "stage": name})
-        try:
-            do(context, order.tasks[name])
-        except InputError as error:
-            context.report({"event": "error", "stage": name, "text": str(error)})
-            return str(error)
-        except BaseException:
-            last = traceback.format_exc().strip().splitlines()[-1]
-            context.report({"event": "crash", "stage": name, "text": last})
-            raise
-        context.report({"event": "done", "stage": name, "seconds": round(time.time() - started, 2)})
-    torch.distributed.destroy_process_group()
+    # A new run waits for, or is refused by, a job that outlived its own.
+    with Lease(order.workdir / JOB_LEASE, "a job of growmerge run") if rank == 0 else nullcontext():
+        log = EventLog(order.events) if rank == 0 else None
+        context = Context(
+            pipeline=order.pipeline,
+            nodes=order.nodes,
+            tasks=order.tasks,
+            base=order.base,
+            workdir=order.workdir,
+            ranks=connect(rank, world, rendezvous=order.rendezvous),
+            resources=Resources(threads=order.threads, began=order.began),
+            report=log.write if log else lambda event: None,
+        )
+        for name in order.todo:
+            line = _do(context, name)
+            if line is not None:
+                return line
+        torch.distributed.destroy_process_group()
+    return None
+
+
+def _do(context: Context, name: str) -> str | None:
+    """Do one task and say so; return the line of a bad input, or None."""
+    from growmerge.verbs import do
+
+    started = time.time()
+    context.report({"event": "start", "stage": name})
+    try:
+        do(context, context.tasks[name])
+    except InputError as error:
+        context.report({"event": "error", "stage": name, "text": str(error)})
+        return str(error)
+    except BaseException:
+        last = traceback.format_exc().strip().splitlines()[-1]
+        context.report({"event": "crash", "stage": name, "text": last})
+        raise
+    context.report({"event": "done", "stage": name, "seconds": round(time.time() - started, 2)})
     return None
 
 
@@ -93,8 +106,3 @@ def _end_with(launcher: tuple[int, float]) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def describe(result: Any) -> str | None:
-    """Return the line of a rank's bad input, if its result is one."""
-    return result if isinstance(result, str) else None

@@ -48,17 +48,24 @@ class Ranks:
         return value
 
 
+def device() -> torch.device:
+    """Return where this process computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 ALONE = Ranks(rank=0, world_size=1)
 
 
 def connect(rank: int, world_size: int, *, rendezvous: Path | None = None) -> Ranks:
-    """Join the group of ranks: NCCL with CUDA, gloo without.
+    """Join the group of ranks: gloo for plain data and CPU tensors and, with CUDA, NCCL for the rest.
 
     Args:
         rendezvous: a file that does not exist yet, on which processes of one machine meet (no port to collide on);
             without it MASTER_ADDR and MASTER_PORT are used, as a cluster's launcher sets them.
     """
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     if rendezvous is not None:
         # Without a name server entry for this host gloo finds no interface; one machine needs only the loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

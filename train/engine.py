@@ -18,7 +18,7 @@ from checkpoint.source import Source
 from checkpoint.zero3 import SubGroup, Topology
 from parallel.errors import InputError
 from parallel.families import family_of
-from parallel.ranks import Ranks
+from parallel.ranks import Ranks, device
 from train.checkpointing import ShardEngine
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -203,7 +203,8 @@ class Engine:
         total = 0.0
         # DeepSpeed averages over ranks and passes; undone here, so that the loss is a mean over tokens at any topology.
         scale = self.ranks.world_size * self.config.accumulation / scored
-        for ids, weights in batches:
+        for batch in batches:
+            ids, weights = (tensor.to(device()) for tensor in batch)
             logits = self._engine(input_ids=ids[:, :-1]).logits
             losses = torch.nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"

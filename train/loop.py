@@ -72,7 +72,7 @@ def train(
     files: Mapping[str, bytes],
     evaluate: Evaluate,
     report: Report,
-    keep: int = 1,
+    keep: int = 2,
 ) -> Path:
     """Train until the plan's last step and return the final checkpoint's folder; all ranks call this together.
 
@@ -86,7 +86,7 @@ def train(
         files: small files stored in every checkpoint (config.json).
         evaluate: called before the first step, after the last, and every `evaluate_every` steps.
         report: told of progress, on rank 0.
-        keep: checkpoints kept.
+        keep: checkpoints kept; with two, a damaged newest one costs the steps since the one before it.
 
     Raises:
         InputError: a non-finite loss; a full disk; a source that does not fit the model.

@@ -15,7 +15,10 @@ name: toy
 title: Toy
 seed: 3
 corpora:
-  eng: {name: Toy English, splits: {first: 0.7, rest: 0.3}, sources: [{files: eng/*.txt, licence: CC0-1.0, edition: made up}]}
+  eng:
+    name: Toy English
+    splits: {first: 0.7, rest: 0.3}
+    sources: [{files: eng/*.txt, licence: CC0-1.0, edition: made up}]
   swe: {name: Toy Swedish, sources: [{files: swe/*.txt, licence: CC0-1.0, edition: made up}]}
   est: {name: Toy Estonian, sources: [{files: est/*.txt, licence: CC0-1.0, edition: made up}]}
 heldout: {share: 0.1, max_bytes: 6000}
