@@ -1,54 +1,12 @@
-"""Shared by all tests: tiny real models, and a group of real ranks."""
+"""Fixtures that tests of all rooms share."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-
-from parallel.errors import InputError
-from parallel.ranks import connect
-
-
-def tiny_config(**changes: Any) -> dict[str, Any]:
-    """Return the Hugging Face config of a tiny Llama with grouped-query attention."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "vocab_size": 131,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    return {**config, **changes}
-
-
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """Return a tiny random Llama whose norms are not 1."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config(**changes)), dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.uniform_(0.5, 1.5)
-    # Parameters alone: casting the model would round the rotary frequencies too.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model.eval()
+from tiny import tiny_model
 
 
 @pytest.fixture
@@ -63,22 +21,3 @@ def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-def _rank(rank: int, world: int, rendezvous: str, body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    ranks = connect(rank, world, rendezvous=Path(rendezvous))
-    try:
-        value = body(ranks, *arguments)
-    except InputError as error:
-        value = error
-    torch.save(value, f"{rendezvous}.{rank}")
-    ranks.barrier()
-
-
-def on_ranks(folder: Path, world: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run `body(ranks, *arguments)` on real processes over gloo and return what each rank returned."""
-    rendezvous = folder / f"meet-{len(list(folder.iterdir()))}"
-    torch.multiprocessing.spawn(_rank, args=(world, str(rendezvous), body, arguments), nprocs=world)
-    return [torch.load(f"{rendezvous}.{rank}", weights_only=False) for rank in range(world)]  # written by _rank above

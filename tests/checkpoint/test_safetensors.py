@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_config
 from safetensors.torch import load_file
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from checkpoint import manifest

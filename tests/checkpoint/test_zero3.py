@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import on_ranks, tiny_config
+from tiny import on_ranks, tiny_config
 
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint

@@ -34,7 +34,7 @@ def test_dry_run_prints_every_stage_and_does_nothing(tmp_path):
     path = write_toy(tmp_path)
     shown = growmerge("run", str(path), "--dry-run", "--workdir", str(tmp_path / "run"), COLUMNS="120")
     assert shown.returncode == 0, shown.stderr
-    for words in ("seed-2x", "2x-ties", "10,240", "FLOPs"):
+    for words in ("seed-2x", "2x-ties", "10.2k", "FLOPs"):
         assert words in shown.stdout
     assert not (tmp_path / "run").exists()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import on_ranks, tiny_config
+from tiny import on_ranks, tiny_config
 
 from checkpoint import manifest
 from checkpoint.memory import ScratchSource
