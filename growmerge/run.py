@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from parallel.errors import InputError
 
 HERE = ("text",)
 """Verbs that run in this process before anything is submitted: they need the network, which compute nodes may lack."""
+PATIENCE = 2.0
+"""Seconds between two looks for dead ranks; one that is dead at both ends the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ def _submit(plan: Plan, todo: list[str], kind: Any, show: Any, began: float) -> 
 
 def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) -> str | None:
     from growmerge.worker import Order, work
-    from slurm.executor import Job, submit
+    from slurm.executor import Job, dead_ranks, submit
     from slurm.lease import this_process
 
     resources = plan.pipeline.resources
@@ -161,11 +163,19 @@ def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) ->
     )
     handle = submit(job, kind, folder)
     follower = Follower(order.events)
+    dead: list[int] = []
+    dead_since = 0.0
     try:
         while not handle.done():
             for event in follower.new():
                 show.event(event)
             show.tick()
+            now = time.monotonic()
+            if kind == "local" and now - dead_since > PATIENCE:
+                before, dead, dead_since = dead, dead_ranks(handle), now
+                if dead and dead == before:
+                    handle.cancel(check=False)
+                    handle.wait()
             time.sleep(0.2)
     except BaseException:
         handle.cancel(check=False)
@@ -173,26 +183,23 @@ def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) ->
     for event in follower.new():
         show.event(event)
     if show.error is not None:
-        return show.error
-    return _crash(handle, folder)
+        return str(show.error)
+    line = _crash(handle, dead)
+    return f"{show.stage}: {line}" if line else None
 
 
-def _crash(handle: Any, folder: Path) -> str | None:
+def _crash(handle: Any, dead: Sequence[int]) -> str | None:
     """Return a line on a rank that died, if one did."""
-    errors = []
-    for task in range(handle.num_tasks):
-        one = handle.task(task)
-        if one.exception() is not None:
-            errors.append((task, one))
-    if not errors:
+    failed = [rank for rank in range(handle.num_tasks) if handle.task(rank).exception() is not None]
+    if not failed:
         return None
     # A rank that was killed leaves no traceback; the others then fail in a collective. Name the first cause.
-    logs = {task: _text(one.paths.stderr) for task, one in errors}
-    silent = [pair for pair in errors if "Traceback" not in logs[pair[0]]]
-    task, one = (silent or errors)[0]
-    lines = logs[task].strip().splitlines()
+    logs = {rank: _text(handle.task(rank).paths.stderr) for rank in failed}
+    silent = [*dead, *(rank for rank in failed if "Traceback" not in logs[rank])]
+    rank = (silent or failed)[0]
+    lines = logs[rank].strip().splitlines()
     last = lines[-1][:300] if lines and not silent else "it died without a message (killed, or out of memory)"
-    return f"rank {task} failed: {last}; log: {one.paths.stderr}"
+    return f"rank {rank} failed: {last}; log: {handle.task(rank).paths.stderr}"
 
 
 def _text(path: Path) -> str:

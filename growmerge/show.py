@@ -18,7 +18,7 @@ SMALL = 2.0
 
 
 class Show:
-    """Shows events; `error` holds the line of the first failure."""
+    """Shows events; `error` holds the line of the first bad input, `stage` the stage at work."""
 
     def __init__(self, plan: Any, todo: Sequence[str], log: EventLog) -> None:
         from growmerge.plan import plan as estimate
@@ -27,7 +27,7 @@ class Show:
         self._weights = {name: max(SMALL, seconds.get(name, 0.0)) for name in todo}
         self._log = log
         self._done = 0.0
-        self._stage = ""
+        self.stage = ""
         self._last_line = 0.0
         self.error: str | None = None
         self._console = Console(stderr=True)
@@ -69,7 +69,7 @@ class Show:
         self._log.write(event)
         kind = event["event"]
         if kind == "start":
-            self._stage = event["stage"]
+            self.stage = event["stage"]
             self._last_line = time.monotonic()
             self._update(0.0, "")
         elif kind == "step":
@@ -78,21 +78,21 @@ class Show:
             self._update(share, facts)
             if self._bar is None and time.monotonic() - self._last_line > EVERY:
                 self._last_line = time.monotonic()
-                self.say(f"{self._stage}: step {event['step']}/{event['steps']}  {facts}")
+                self.say(f"{self.stage}: step {event['step']}/{event['steps']}  {facts}")
         elif kind == "done":
             self._done += self._weights.get(event["stage"], 0.0)
             self._update(0.0, "")
             if self._bar is None or event["seconds"] >= 1:
                 self.say(f"{event['stage']}: done in {event['seconds']:.1f} s")
-        elif kind in ("error", "crash"):
+        elif kind == "error":
             self.error = self.error or f"{event['stage']}: {event['text']}"
         elif kind in ("warning", "note"):
-            self.say(f"{self._stage}: {event['text']}")
+            self.say(f"{self.stage}: {event['text']}")
 
     def _update(self, share: float, facts: str) -> None:
         if self._bar:
-            at = self._done + share * self._weights.get(self._stage, 0.0)
-            self._bar.update(self._all, completed=at, description=self._stage, facts=facts)
+            at = self._done + share * self._weights.get(self.stage, 0.0)
+            self._bar.update(self._all, completed=at, description=self.stage, facts=facts)
 
     def tick(self) -> None:
         """Keep the clock running between events."""

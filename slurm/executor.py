@@ -3,6 +3,7 @@
 What runs is `function(*arguments)`, once a rank; RANK, WORLD_SIZE and LOCAL_RANK are set by `task_environment`.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -67,6 +68,30 @@ def submit(job: Job, kind: Kind, folder: Path) -> Any:
             parameters["slurm_additional_parameters"] = dict(job.slurm)
     executor.update_parameters(**parameters)
     return executor.submit(job.function, *job.arguments)
+
+
+def dead_ranks(handle: Any) -> list[int]:
+    """Return the ranks of a job of this machine that ended without a result: killed, or out of memory.
+
+    submitit waits until every rank has ended, and the others may wait for the dead one in a collective for ever.
+    """
+    import psutil
+
+    running = set()
+    try:
+        for child in psutil.Process(int(handle.job_id)).children():
+            with contextlib.suppress(psutil.Error, KeyError):
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    running.add(int(child.environ()["SUBMITIT_LOCAL_LOCALID"]))
+    except psutil.NoSuchProcess:
+        return []  # the whole job has ended
+    if not running:
+        return []  # not started yet, or at its end
+    return [
+        rank
+        for rank in range(handle.num_tasks)
+        if rank not in running and not handle.task(rank).paths.result_pickle.exists()
+    ]
 
 
 def task_environment() -> tuple[int, int]:

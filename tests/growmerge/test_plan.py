@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pipeline_files import change, load, write
 from test_config import matches
 from tokenizers import Tokenizer, models
@@ -15,6 +16,7 @@ from growmerge.shapes import model_configs, vocabulary
 from parallel.errors import InputError
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+WRITTEN = yaml.safe_load(QUICKSTART.read_text())["stages"]
 OLD = {
     "model_type": "llama",
     "hidden_size": 24,
@@ -54,10 +56,11 @@ def test_cost_is_six_flops_a_parameter_and_token() -> None:
     pipeline, nodes = load(QUICKSTART)
     stages = {stage.name: stage for stage in plan(pipeline, nodes, base=QUICKSTART.parent)}
     seed = stages["seed"]
-    assert (seed.steps, seed.tokens) == (700, 700 * 8 * 128)
+    steps = WRITTEN["seed"]["train"]["training"]["steps"]
+    assert (seed.steps, seed.tokens) == (steps, steps * 8 * 128)
     assert seed.flops == 6 * seed.parameters * seed.tokens  # tied: the embedding is the head
     assert seed.seconds / seed.steps == pytest.approx(0.10, rel=0.01)  # as measured on 2 ranks
-    assert stages["2x-swe"].seconds / 300 == pytest.approx(0.146, rel=0.01)
+    assert stages["2x-swe"].seconds / stages["2x-swe"].steps == pytest.approx(0.146, rel=0.01)
     for name in ("seed-2x", "2x-ties"):
         assert (stages[name].steps, stages[name].tokens, stages[name].flops, stages[name].seconds) == (0, 0, 0, 0.0)
     total = sum(stage.seconds for stage in stages.values())
@@ -179,20 +182,11 @@ def test_the_table_names_every_stage_in_order_and_cuts_nothing(capsys: pytest.Ca
     assert first == ["text", "tokens", "pairs", *nodes, "evaluate", "baselines", "report"]
     text = "\n".join(lines)
     row = next(line for line in lines if line.strip().startswith("seed "))
-    assert row.split() == [
-        "seed",
-        "train",
-        "scratch",
-        "on",
-        "english-first",
-        "492k",
-        "700",
-        "717k",
-        "2.1e12",
-        "70",
-        "s",
-    ]
-    assert "…" not in text and "20 stages" in text and "3.73M" in text
+    steps = WRITTEN["seed"]["train"]["training"]["steps"]
+    costs = [str(steps), f"{steps * 1.024:.0f}k", f"{6 * 491_904 * steps * 1024:.1e}".replace("e+", "e")]
+    assert row.split()[:9] == ["seed", "train", "scratch", "on", "english-first", "492k", *costs]
+    total = sum(nodes[name].stage.training["steps"] for name in nodes if nodes[name].verb == "train")
+    assert "…" not in text and "20 stages" in text and f"{total * 1.024e-3:.2f}M" in text
 
 
 def test_a_long_name_widens_the_table_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,7 +252,33 @@ def test_a_second_run_at_once_is_refused_with_its_owners_name(undisturbed, tmp_p
     assert f"pid {first.pid} of" in second.stderr
 
 
-def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path):
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize(
+    "sizes", [("3m",), pytest.param(("64k", "400k", "1200k", "2m", "5m", "9m", "12m"), marks=pytest.mark.slow)]
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(undisturbed, tmp_path, sizes):
+    folder, _ = undisturbed
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sizes[0]}", "tmpfs", str(disk)], check=True)
+    try:
+        for size in sizes:
+            subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+            full = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(disk / "run"))
+            assert full.returncode in (1, 2), (size, full.stderr)
+            assert "no space left" in full.stderr.splitlines()[-1], (size, full.stderr)
+            assert "Traceback" not in full.stderr, size
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        ended = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(disk / "run"))
+        assert ended.returncode == 0, ended.stderr
+        assert_same(folder, disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path, victim):
+    """Rank 1 dies in a save and rank 0 waits for it; or rank 0 dies and rank 1 never learns of it by itself."""
     folder, _ = undisturbed
     workdir, marker = tmp_path / "run", tmp_path / "reached"
     process = psutil.Popen(
@@ -264,12 +290,14 @@ def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path
     )
     while not marker.exists():
         time.sleep(0.05)
-    ranks = [child for child in process.children(recursive=True) if "_submit" in " ".join(child.cmdline())]
-    max(ranks, key=lambda child: child.create_time()).kill()
+    ranks = [child for child in process.children(recursive=True) if "SUBMITIT_LOCAL_LOCALID" in child.environ()]
+    (dying,) = [rank for rank in ranks if rank.environ()["SUBMITIT_LOCAL_LOCALID"] == str(victim)]
+    dying.kill()
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "it died without a message (killed, or out of memory)" in error
+    assert f"seed: rank {victim} failed: it died without a message (killed, or out of memory)" in error
     assert "Traceback" not in error
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
 
 
 def test_untrained_models_fail_the_check_that_trained_ones_pass(undisturbed):
