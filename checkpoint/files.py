@@ -11,6 +11,7 @@ from typing import Any
 from parallel.errors import InputError
 
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
+_CLOSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextlib.contextmanager
@@ -18,13 +19,14 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, an exceeded quota or a read-only place into one line that names the path."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise InputError(
-                f"{path}: {_FULL[error.errno]} while writing; nothing that was complete is lost"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save hides what the file said behind an error of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        code = cause.errno if isinstance(cause, OSError) else None
+        if code in _FULL:
+            raise InputError(f"{path}: {_FULL[code]} while writing; nothing that was complete is lost") from error
+        if code in _CLOSED:
+            raise InputError(f"{path}: cannot be written ({os.strerror(code)})") from error
         raise
 
 

@@ -99,6 +99,16 @@ def check(folder: Path, *, deep: bool = False) -> dict[str, Any]:
         InputError: the folder is incomplete, or a file is missing, truncated or has changed: the line names it.
     """
     manifest = read_manifest(folder)
+    try:
+        _check_files(folder, manifest, deep)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{folder / NAME}: damaged ({error!r})") from error
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any], deep: bool) -> None:
     for name, entry in manifest["files"].items():
         path = inside(folder, name)
         try:
@@ -113,7 +123,6 @@ def check(folder: Path, *, deep: bool = False) -> dict[str, Any]:
                     raise InputError(f"{path}: damaged (checksum of block {number} differs from {NAME})")
         if path.name == NAME:
             check(path.parent, deep=deep)
-    return manifest
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

@@ -66,6 +66,7 @@ def write_checkpoint(
     if about is not None:
         record = {**about, "hash": content}
         extras["growmerge.json"] = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+    assert not hashes.keys() & extras.keys(), f"{folder}: a small file has a data file's name"
     for name, data in extras.items():
         write_bytes(inside(folder, name), data)
     point("write/manifest")

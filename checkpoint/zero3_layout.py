@@ -107,7 +107,8 @@ def _create_model(path: Path, *, source: Source, topology: Topology, rank: int) 
         "ds_version": DEEPSPEED,
         "growmerge": {"tokens": run.tokens, "samples": run.samples, "seed": run.seed},
     }
-    torch.save(state, path)
+    with path.open("wb") as file:
+        torch.save(state, file)
     return []
 
 

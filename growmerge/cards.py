@@ -18,7 +18,8 @@ def card(
     recipe: Mapping[str, Any],
     parents: Sequence[str],
     corpora: Mapping[str, Mapping[str, Any]],
-    results: Mapping[str, Mapping[str, Any]] | None = None,
+    results: Mapping[str, Mapping[str, Any]],
+    confidence: float = 0.95,
 ) -> str:
     """Return the card as Markdown with the Hub's metadata block.
 
@@ -26,7 +27,8 @@ def card(
         recipe: the stage's configuration.
         parents: names of the models it was made from.
         corpora: what `train.data.corpus` keeps of each language of the training data, its parents' included.
-        results: by language, {"bits_per_byte": {"value", "low", "high"}}.
+        results: bits per byte by language, {"value", "low", "high"}; empty before the model is evaluated.
+        confidence: of the interval from low to high.
     """
     licences = sorted({source["licence"] for corpus in corpora.values() for source in corpus["sources"]})
     lines = [
@@ -65,12 +67,12 @@ def card(
             for source in corpus["sources"]
         ],
     ]
-    if results is not None:
+    if results:
         lines += ["", "## Results", ""]
-        lines += ["| language | bits per byte on held-out text | 95 % interval |", "|---|---|---|"]
-        for language, result in results.items():
-            bits = result["bits_per_byte"]
-            lines.append(f"| {language} | {bits['value']:.3f} | {bits['low']:.3f} to {bits['high']:.3f} |")
+        lines += [f"| language | bits per byte on held-out text | {100 * confidence:g} % interval |", "|---|---|---|"]
+        for language, bits in results.items():
+            interval = "–" if bits["low"] is None else f"{bits['low']:.3f} to {bits['high']:.3f}"
+            lines.append(f"| {language} | {bits['value']:.3f} | {interval} |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from growmerge.graph import Node
-from growmerge.schema import Pipeline
+from growmerge.schema import Pipeline, TrainStage
 from growmerge.tasks import Task
 from parallel.errors import InputError
 from parallel.ranks import Ranks
@@ -47,6 +47,11 @@ class Context:
     def model(self, name: str) -> Path:
         """Return the Hugging Face folder that a stage's name, or a path in the pipeline file, stands for."""
         return self.tasks[name].folder / "model" if name in self.nodes else self.base / name
+
+    def train_stage(self, name: str) -> TrainStage:
+        stage = self.nodes[name].stage
+        assert isinstance(stage, TrainStage), f"{name} does not train"
+        return stage
 
     def once(self, action: Callable[[], Any]) -> Any:
         """Do on rank 0 what is done once; every rank returns its result, or raises its InputError."""

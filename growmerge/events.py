@@ -1,5 +1,6 @@
 """What a run says while it works: events as JSON lines, written by the job and followed by whoever shows them."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -8,15 +9,27 @@ from typing import Any
 
 
 class EventLog:
-    """Appends events to a file; each line is whole or absent."""
+    """Appends events to a file."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        cut = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._file = path.open("a", encoding="utf-8")
+        if cut:  # by a kill or a full disk
+            self._file.write("\n")
 
     def write(self, event: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False) + "\n")
         self._file.flush()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a file; lines that were cut short are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 class Follower:

@@ -1,9 +1,7 @@
 """The run's results: what the stages left, gathered into one plain structure, and the report made from it."""
 
 import json
-import os
 import platform
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,12 +11,14 @@ from typing import Any
 from checkpoint.files import read_json, write_bytes, write_json
 from eval.bootstrap import difference_interval
 from growmerge.context import Context
+from growmerge.events import read_events
 from growmerge.graph import Node, match, study_stages
 from growmerge.report import analyse, render
 from growmerge.schema import Study
+from growmerge.shapes import multiplied, parameters
+from growmerge.stages import write_card
 from growmerge.tasks import Task
-from growmerge.texts import tokenizer_of
-from parallel.families import family_of
+from growmerge.texts import described, tokenizer_of
 from train.data.corpus import read_corpus
 from train.loop import read_metrics
 
@@ -26,20 +26,12 @@ PACKAGES = ("growmerge", "torch", "deepspeed", "transformers", "tokenizers", "sa
 
 
 def do_report(context: Context, task: Task) -> None:
-    """Write report.html, report.md and results.json, into the task's folder and the workdir; link the models."""
-    memory = context.ranks.gather(peak_memory())
-    context.once(lambda: _write(context, task, sum(memory)))
+    """Write report.html, report.md and results.json, and every model's card anew."""
+    context.once(lambda: _write(context, task))
 
 
-def peak_memory() -> float:
-    """Return this process' largest resident size so far (GB)."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _write(context: Context, task: Task, memory_gb: float) -> None:
-    raw = gather(context, memory_gb)
+def _write(context: Context, task: Task) -> None:
+    raw = gather(context)
     results = analyse(raw)
     html, markdown = render(results)
     files = {
@@ -49,7 +41,6 @@ def _write(context: Context, task: Task, memory_gb: float) -> None:
     }
     for name, data in files.items():
         write_bytes(task.folder / name, data)
-        write_bytes(context.workdir / name, data)
     failed = [
         f"{check['model']} on {check['language']} beats the {check['baseline']} model by {check['value']:.3f} "
         f"[{check['low']:.3f}, {check['high']:.3f}] bits per byte; at least {check['by']:g} was asked for"
@@ -57,21 +48,11 @@ def _write(context: Context, task: Task, memory_gb: float) -> None:
         if not check["passed"]
     ]
     write_json(task.folder / "outcome.json", {"failed_checks": failed})
-    _link_models(context)
-
-
-def _link_models(context: Context) -> None:
-    """Make `models/<stage>`, a link to each model's folder, anew."""
-    links = context.workdir / "models"
-    if links.is_dir():
-        shutil.rmtree(links)
-    links.mkdir()
     for name in context.nodes:
-        target = os.path.relpath(context.folder(name) / "model", links)
-        (links / name).symlink_to(target, target_is_directory=True)
+        write_card(context, context.tasks[name])
 
 
-def gather(context: Context, memory_gb: float) -> dict[str, Any]:
+def gather(context: Context) -> dict[str, Any]:
     """Return every number of the run as plain JSON, the contract of growmerge.report; timings apart."""
     pipeline = context.pipeline
     scored = {name: read_json(context.folder(f"evaluate/{name}") / "scores.json") for name in context.nodes}
@@ -110,7 +91,7 @@ def gather(context: Context, memory_gb: float) -> dict[str, Any]:
             {"name": node.name, "verb": node.verb, "inputs": list(node.inputs)} for node in context.nodes.values()
         ],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "timings": _timings(context, memory_gb),
+        "timings": _timings(context),
     }
     if pipeline.study is not None:
         raw["study"] = _study(pipeline.study, context.nodes)
@@ -175,7 +156,7 @@ def checks(context: Context, scores: Mapping[str, Any], baselines: Mapping[str, 
 def _corpora(context: Context) -> dict[str, Any]:
     found = {}
     for language in context.pipeline.corpora:
-        metadata = read_corpus(context.folder("text"), language).metadata
+        metadata = described(context, language)
         found[language] = {
             "sources": metadata["sources"],
             "documents": metadata["training"]["documents"],
@@ -183,6 +164,7 @@ def _corpora(context: Context) -> dict[str, Any]:
             "tokens": _tokens_of(context, language),
             "heldout_documents": metadata["heldout"]["documents"],
             "heldout_bytes": metadata["heldout"]["bytes"],
+            "parallel_documents": metadata["parallel_documents"],
             "dropped": metadata["dropped_passages"],
         }
     return found
@@ -208,20 +190,22 @@ def _tokenizer(context: Context) -> dict[str, Any]:
 
 def _models(context: Context) -> dict[str, Any]:
     models: dict[str, Any] = {}
+    lines: dict[str, set[str]] = {}
+    """A model with all its ancestors, each once however many ways lead to it."""
     for name, node in context.nodes.items():
         config = read_json(context.folder(name) / "model" / "config.json")
-        parameters = family_of(config).parameters(config)
         plan = context.tasks[name].config.get("training")
         tokens = plan["steps"] * plan["global_batch"] * plan["sequence_length"] if plan else 0
-        flops = 6 * parameters * tokens
+        flops = 6 * multiplied(config) * tokens
+        lines[name] = {name}.union(*(lines[parent] for parent in node.inputs))
         models[name] = {
             "verb": node.verb,
             "parents": list(node.inputs),
-            "parameters": parameters,
+            "parameters": parameters(config),
             "steps": plan["steps"] if plan else 0,
             "tokens": tokens,
             "flops": flops,
-            "total_flops": flops + sum(models[parent]["total_flops"] for parent in node.inputs),
+            "total_flops": flops + sum(models[other]["flops"] for other in lines[name] - {name}),
             "path": f"models/{name}",
             "method": context.tasks[name].config.get("method"),
         }
@@ -259,19 +243,16 @@ def _growth(context: Context, name: str) -> dict[str, Any]:
     return dict(read_json(context.folder(name) / "growth.json"))
 
 
-def _timings(context: Context, memory_gb: float) -> dict[str, Any]:
+def _timings(context: Context) -> dict[str, Any]:
     """Return what the run cost; of stages that an earlier run did, what they cost then."""
-    seconds: dict[str, float] = {}
-    log = context.workdir / "log.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
-        event = json.loads(line)
-        if event["event"] == "done":
-            seconds[event["stage"]] = event["seconds"]
+    done = {event["stage"]: event for event in read_events(context.workdir / "log.jsonl") if event["event"] == "done"}
+    mine = [done[name] for name in context.tasks if name in done]
+    seconds = {event["stage"]: event["seconds"] for event in mine}
     return {
-        "wall_s": round(context.resources.elapsed, 1),
-        "cores": os.cpu_count(),
+        "wall_s": round(max(context.resources.elapsed, sum(seconds.values())), 1),
+        "cores": context.ranks.world_size * context.resources.threads,
         "ranks": context.ranks.world_size,
-        "peak_memory_gb": round(memory_gb, 2),
+        "peak_memory_gb": round(max((event.get("memory_gb", 0.0) for event in mine), default=0.0), 2),
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(context.resources.began)),
         "stages": seconds,
     }

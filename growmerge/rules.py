@@ -92,7 +92,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "stride": FROM_1,
         "window": FROM_1,
         "pairs": FROM_0,
-        "resamples": FROM_1,
+        "resamples": Range(at_least=100),
         "confidence": INNER_SHARE,
         "sample_tokens": FROM_0,
     },
@@ -192,8 +192,8 @@ def pipeline(pipeline: Pipeline) -> Iterator[Problem]:
     for name, weights in pipeline.mixtures.items():
         yield from _mixture(pipeline, name, weights)
     window = pipeline.evaluation.window or pipeline.training.sequence_length
-    if pipeline.evaluation.stride and pipeline.evaluation.stride > window:
-        yield "evaluation.stride", f"{pipeline.evaluation.stride} is longer than the window of {window} tokens"
+    if pipeline.evaluation.stride and pipeline.evaluation.stride >= window:
+        yield "evaluation.stride", f"{pipeline.evaluation.stride} is not shorter than the window of {window} tokens"
 
 
 def _mixture(pipeline: Pipeline, name: str, weights: Mapping[str, float]) -> Iterator[Problem]:

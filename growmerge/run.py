@@ -1,13 +1,14 @@
 """`growmerge run`: find what is not up to date, hand it to the executor, show how far it is."""
 
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.files import read_json
+from checkpoint.files import disk_errors, read_json, write_bytes
 from growmerge.config import load_pipeline
 from growmerge.events import EventLog, Follower
 from growmerge.graph import Node, expand
@@ -16,9 +17,12 @@ from growmerge.shapes import model_configs
 from growmerge.tasks import Task, build_tasks
 from parallel.errors import InputError
 
+PUBLISHED = ("report.html", "report.md", "results.json")
 HERE = ("text",)
 """Verbs that run in this process before anything is submitted: they need the network, which compute nodes may lack."""
-PATIENCE = 2.0
+ALMOST_FULL = 2**18
+"""Free bytes below which a death without a message is put down to the disk: a rank could not even say why."""
+PATIENCE = 5.0
 """Seconds between two looks for dead ranks; one that is dead at both ends the job."""
 
 
@@ -70,8 +74,9 @@ def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
     from slurm.lease import Lease, holder
 
     kind = choose(executor)
-    plan.workdir.mkdir(parents=True, exist_ok=True)
-    with Lease(plan.workdir / "lease.json", f"growmerge run {path}"):
+    with disk_errors(plan.workdir):
+        plan.workdir.mkdir(parents=True, exist_ok=True)
+    with disk_errors(plan.workdir), Lease(plan.workdir / "lease.json", f"growmerge run {path}"):
         _wait_for_orphans(plan.workdir / JOB_LEASE, holder)
         # Another run may have done some of it between the look above and the lease.
         todo = [name for name, task in plan.tasks.items() if not task.done]
@@ -127,7 +132,7 @@ def _submit(plan: Plan, todo: list[str], kind: Any, show: Any, began: float) -> 
 
 def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) -> str | None:
     from growmerge.worker import Order, work
-    from slurm.executor import Job, dead_ranks, submit
+    from slurm.executor import Job, dead_ranks, stop, submit
     from slurm.lease import this_process
 
     resources = plan.pipeline.resources
@@ -174,32 +179,38 @@ def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) ->
             if kind == "local" and now - dead_since > PATIENCE:
                 before, dead, dead_since = dead, dead_ranks(handle), now
                 if dead and dead == before:
-                    handle.cancel(check=False)
-                    handle.wait()
+                    stop(handle, kind)
             time.sleep(0.2)
     except BaseException:
-        handle.cancel(check=False)
+        stop(handle, kind)
         raise
     for event in follower.new():
         show.event(event)
     if show.error is not None:
         return str(show.error)
-    line = _crash(handle, dead)
+    line = _failure(handle, dead)
+    if line is not None and shutil.disk_usage(plan.workdir).free < ALMOST_FULL:
+        return f"{show.stage}: {plan.workdir}: no space left; nothing that was complete is lost"
     return f"{show.stage}: {line}" if line else None
 
 
-def _crash(handle: Any, dead: Sequence[int]) -> str | None:
-    """Return a line on a rank that died, if one did."""
+def _failure(handle: Any, dead: Sequence[int]) -> str | None:
+    """Return the line of a rank that failed or died, if one did."""
     failed = [rank for rank in range(handle.num_tasks) if handle.task(rank).exception() is not None]
+    for rank in sorted({*range(handle.num_tasks)} - {*failed}):
+        if (line := handle.task(rank).result()) is not None:
+            return str(line)  # a bad input that this rank alone met
     if not failed:
         return None
     # A rank that was killed leaves no traceback; the others then fail in a collective. Name the first cause.
-    logs = {rank: _text(handle.task(rank).paths.stderr) for rank in failed}
-    silent = [*dead, *(rank for rank in failed if "Traceback" not in logs[rank])]
-    rank = (silent or failed)[0]
-    lines = logs[rank].strip().splitlines()
-    last = lines[-1][:300] if lines and not silent else "it died without a message (killed, or out of memory)"
-    return f"rank {rank} failed: {last}; log: {handle.task(rank).paths.stderr}"
+    tasks = {rank: handle.task(rank) for rank in failed}
+    logs = {rank: _text(task.paths.stderr) for rank, task in tasks.items()}
+    silent = [rank for rank in [*dead, *failed] if rank in failed and "Traceback" not in logs[rank]]
+    if silent:
+        last = "it died without a message (killed, or out of memory)"
+        return f"rank {silent[0]} failed: {last}; log: {tasks[silent[0]].paths.stderr}"
+    rank = min(failed, key=lambda rank: tasks[rank].paths.result_pickle.stat().st_mtime_ns)
+    return f"rank {rank} failed: {logs[rank].strip().splitlines()[-1][:300]}; log: {tasks[rank].paths.stderr}"
 
 
 def _text(path: Path) -> str:
@@ -210,6 +221,7 @@ def _finished(plan: Plan, done: list[str]) -> int:
     """Say how it ended and return the exit code."""
     import sys
 
+    _publish(plan)
     outcome = read_json(plan.tasks["report"].folder / "outcome.json")
     page = plan.workdir / "report.html"
     if done:
@@ -219,6 +231,25 @@ def _finished(plan: Plan, done: list[str]) -> int:
     for line in outcome["failed_checks"]:
         print(f"check failed: {line}", file=sys.stderr)
     return 1 if outcome["failed_checks"] else 0
+
+
+def _publish(plan: Plan) -> None:
+    """Put the report of this configuration, and links to its models, at the top of the workdir."""
+    for name in PUBLISHED:
+        data, shown = (plan.tasks["report"].folder / name).read_bytes(), plan.workdir / name
+        if not shown.is_file() or shown.read_bytes() != data:
+            write_bytes(shown, data)
+    links = plan.workdir / "models"
+    with disk_errors(links):
+        links.mkdir(exist_ok=True)
+        folders = {name: plan.tasks[name].folder.relative_to(plan.workdir) for name in plan.nodes}
+        wanted = {name: Path("..") / folder / "model" for name, folder in folders.items()}
+        for link in links.iterdir():
+            if link.is_symlink() and link.readlink() != wanted.get(link.name):
+                link.unlink()
+        for name, target in wanted.items():
+            if not (links / name).is_symlink():
+                (links / name).symlink_to(target, target_is_directory=True)
 
 
 def _near(path: Path) -> str:

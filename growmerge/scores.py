@@ -6,15 +6,17 @@ from typing import Any
 from checkpoint.files import write_json
 from checkpoint.open import open_checkpoint
 from eval.baselines import score_baselines, xz_bits
-from eval.evaluate import evaluate_model, summarise
+from eval.evaluate import evaluate_model
 from eval.model import load_model
 from eval.samples import continue_text
 from growmerge.context import Context
-from growmerge.stages import write_card
 from growmerge.tasks import Task
 from growmerge.texts import heldout_documents, read_pairs, tokenizer_of
 from parallel.ranks import device
 from train.data.corpus import read_corpus
+
+PROMPT = 24
+"""Tokens of a sample's prompt at most: six words may be six paragraphs where no blanks are written."""
 
 
 def do_evaluate(context: Context, task: Task) -> None:
@@ -39,13 +41,13 @@ def do_evaluate(context: Context, task: Task) -> None:
     def action() -> None:
         samples = []
         for language, documents in heldout.items():
-            prompt = " ".join(documents[0].text.split()[:6])
-            text = continue_text(
-                model, tokenizer, prompt, tokens=how["sample_tokens"], seed=task.config["seed"], temperature=0.8
-            )
+            start = tokenizer.encode(" ".join(documents[0].text.split()[:6]))[:PROMPT]
+            prompt = tokenizer.decode(start).rstrip("\ufffd")
+            room = model.config.max_position_embeddings - PROMPT - 8
+            count = max(0, min(how["sample_tokens"], room))
+            text = continue_text(model, tokenizer, prompt, tokens=count, seed=task.config["seed"], temperature=0.8)
             samples.append({"stage": stage.name, "language": language, "prompt": prompt, "text": text})
         write_json(task.folder / "scores.json", {**result, "samples": samples})
-        write_card(context, stage, summarise(result, seed=task.config["seed"]))
 
     context.once(action)
 

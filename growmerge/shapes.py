@@ -147,6 +147,9 @@ def _check_training(pipeline: Pipeline, stage: TrainStage, config: Config, entri
     length, longest = merged_training(pipeline, stage).sequence_length, config["max_position_embeddings"]
     if length > longest:
         raise InputError(f"sequence_length {length} is more than the model's max_position_embeddings, {longest}")
+    window = pipeline.evaluation.window or pipeline.training.sequence_length
+    if window > longest:
+        raise InputError(f"evaluation.window {window} is more than the model's max_position_embeddings, {longest}")
     if entries > config["vocab_size"]:
         raise InputError(f"the tokenizer has {entries} entries, the model {stage.from_!r} only {config['vocab_size']}")
 

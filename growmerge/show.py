@@ -1,5 +1,6 @@
 """How far a run is: a bar on a terminal, plain lines in a log, JSON lines always."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,8 @@ class Show:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        self._log.write({"event": "end", "failed": error is not None or self.error is not None})
+        with contextlib.suppress(OSError):  # the disk may be full; that is said elsewhere
+            self._log.write({"event": "end", "failed": error is not None or self.error is not None})
 
     def say(self, text: str) -> None:
         """Print a line; on a terminal it goes above the bar."""

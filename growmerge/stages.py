@@ -21,12 +21,12 @@ from eval.evaluate import evaluate_model
 from eval.model import load_model
 from growmerge import __version__
 from growmerge.cards import card
+from growmerge.config import merged_training
 from growmerge.context import Context
 from growmerge.tasks import Task
-from growmerge.texts import heldout_documents, tokenizer_of
+from growmerge.texts import described, heldout_documents, tokenizer_of
 from merge.merge import merge
 from parallel.errors import InputError
-from train.data.corpus import read_corpus
 from train.data.order import Mixture
 from train.data.tokenizer import TextTokenizer
 from train.data.tokens import open_tokens
@@ -43,7 +43,8 @@ def do_train(context: Context, task: Task) -> None:
     config = task.config
     tokenizer = tokenizer_of(context)
     how: dict[str, Any] = dict(config["training"])
-    plan = RunPlan(**{**how, "betas": tuple(how["betas"])})
+    every = merged_training(context.pipeline, context.train_stage(task.name)).checkpoint_every
+    plan = RunPlan(**{**how, "betas": tuple(how["betas"]), "checkpoint_every": every})
     mixture, files = config["mixture"], {}
     for name in mixture:
         files[name] = open_tokens(context.folder("tokens") / name)
@@ -58,8 +59,8 @@ def do_train(context: Context, task: Task) -> None:
         name, index, _ = order.sample(number)
         return files[name].sequence(index, plan.sequence_length)
 
-    languages = trained_languages(context, task)
-    heldout = {name: documents for name, documents in heldout_documents(context).items() if name in languages}
+    heldout = heldout_documents(context)
+    heldout = {language: heldout[language] for language in config["evaluation"]["languages"]}
 
     def evaluate(model: Any) -> Mapping[str, Any]:
         return evaluate_model(
@@ -120,14 +121,6 @@ def scratch_config(model: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[s
     }
 
 
-def trained_languages(context: Context, task: Task) -> list[str]:
-    """Return the languages of a training stage's mixture and, for the forgetting, the study's source language."""
-    names = {name.partition(".")[0] for name in task.config["mixture"]}
-    if context.pipeline.study is not None:
-        names.add(context.pipeline.study.source_language)
-    return [language for language in context.pipeline.corpora if language in names]
-
-
 def do_grow(context: Context, task: Task) -> None:
     config = task.config
     recipe = Recipe(width=config["width"], method=config["method"], seed=config["seed"])
@@ -166,7 +159,8 @@ def config_window(context: Context, source: Source) -> int:
 def token_batches(texts: Sequence[str], tokenizer: TextTokenizer, length: int, rows: int = 16) -> list[torch.Tensor]:
     """Return the texts, joined, as batches of token ids [B, T]; what does not fill a row is left out."""
     ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos]]
-    whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    length = max(2, min(length, len(ids)))
+    whole = torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).view(-1, length)
     return list(whole.split(rows))
 
 
@@ -209,12 +203,13 @@ def _export(context: Context, task: Task, source: Source) -> None:
     write_checkpoint(
         source,
         task.folder / "model",
-        SafetensorsLayout(dtype=DTYPES[task.config["precision"]]),
+        # Growth keeps the small model's dtype: rounding it would change the function.
+        SafetensorsLayout(dtype=None if task.verb == "grow" else DTYPES[task.config["precision"]]),
         workers=context.resources.threads,
         about=about,
         extra_files=files,
     )
-    write_card(context, task, None)
+    write_card(context, task)
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
@@ -229,17 +224,20 @@ def _parents(task: Task) -> list[str]:
     return [name for name in [*named, task.config.get("base")] if name and name != "scratch"]
 
 
-def write_card(context: Context, task: Task, results: Mapping[str, Any] | None) -> None:
+def write_card(context: Context, task: Task) -> None:
+    """Write a model's card, with its results once the report has them."""
     seen = _languages_seen(context, task.name)
-    folder = context.folder("text")
+    path = context.folder("report") / "results.json"
+    results = read_json(path) if path.is_file() else {}
     text = card(
         name=task.name,
         verb=task.verb,
         pipeline=context.pipeline.name,
         recipe={key: value for key, value in task.config.items() if key not in ("stamps", "evaluation")},
         parents=_parents(task),
-        corpora={name: read_corpus(folder, name).metadata for name in context.pipeline.corpora if name in seen},
-        results=results,
+        corpora={name: described(context, name) for name in context.pipeline.corpora if name in seen},
+        results=results.get("bits_per_byte", {}).get(task.name, {}),
+        confidence=context.pipeline.evaluation.confidence,
     )
     write_bytes(task.folder / "model" / "README.md", text.encode())
 

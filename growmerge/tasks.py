@@ -14,19 +14,20 @@ from typing import Any
 from checkpoint import manifest
 from growmerge.config import merged_training
 from growmerge.graph import Node
-from growmerge.schema import Pipeline, TrainStage
+from growmerge.schema import Corpus, Pipeline, TrainStage
 from parallel.errors import InputError
+from train.data.places import opened
 
 VERSIONS = {
     "text": 1,
-    "tokens": 1,
+    "tokens": 2,
     "pairs": 1,
     "train": 1,
     "grow": 1,
     "merge": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "baselines": 1,
-    "report": 1,
+    "report": 2,
 }
 """Raised when a verb's results change, so that old ones are not taken for new."""
 
@@ -70,7 +71,7 @@ def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, ba
             name=name, verb=verb, config=plain, inputs=inputs, key=key, folder=workdir / "stages" / name / key
         )
 
-    corpora = {language: asdict(corpus) for language, corpus in pipeline.corpora.items()}
+    corpora = {language: _content(corpus) for language, corpus in pipeline.corpora.items()}
     text = {"corpora": corpora, "heldout": asdict(pipeline.heldout), "seed": pipeline.seed}
     add("text", "text", {**text, "files": _stamps(pipeline, base)}, ())
     tokenizer = asdict(pipeline.tokenizer)
@@ -90,9 +91,20 @@ def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, ba
         "study": asdict(pipeline.study) if pipeline.study else None,
         "checks": [asdict(check) for check in pipeline.checks],
         "evaluation": asdict(pipeline.evaluation),
+        "corpora": {language: asdict(corpus) for language, corpus in pipeline.corpora.items()},
     }
     add("report", "report", shown, tuple(tasks))
     return tasks
+
+
+LABELS = ("edition", "rights_holder", "licence")
+"""What the report says of a text source; the text does not depend on it."""
+
+
+def _content(corpus: Corpus) -> dict[str, Any]:
+    """Return what a corpus' text depends on."""
+    sources = [{key: value for key, value in asdict(source).items() if key not in LABELS} for source in corpus.sources]
+    return {"sources": sources, "splits": dict(corpus.splits)}
 
 
 def _evaluation(pipeline: Pipeline) -> dict[str, Any]:
@@ -114,10 +126,21 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
     if isinstance(node.stage, TrainStage):
         config["training"] = asdict(merged_training(pipeline, node.stage))
         config["mixture"] = dict(pipeline.mixtures[node.stage.data])
+        config["precision"] = config["training"]["precision"]
+        del config["training"]["checkpoint_every"]  # no result depends on it
         config["evaluation"] = {key: _evaluation(pipeline)[key] for key in ("window", "stride")}
+        config["evaluation"]["languages"] = _trained_languages(pipeline, config["mixture"])
         if node.stage.from_ == "scratch" and pipeline.model is not None:
             config["model"] = asdict(pipeline.model)
     return config
+
+
+def _trained_languages(pipeline: Pipeline, mixture: Mapping[str, float]) -> list[str]:
+    """Return the languages of a mixture and, for the forgetting, the study's source language."""
+    names = {name.partition(".")[0] for name in mixture}
+    if pipeline.study is not None:
+        names.add(pipeline.study.source_language)
+    return [language for language in pipeline.corpora if language in names]
 
 
 def _path_stamp(path: str | None, base: Path) -> Any:
@@ -131,14 +154,13 @@ def _path_stamp(path: str | None, base: Path) -> Any:
 
 
 def _stamps(pipeline: Pipeline, base: Path) -> list[Any]:
-    """Sizes and times of the text files on disk that the corpora read."""
+    """Names, sizes and times of the text files on disk that the corpora read."""
     found = []
-    for corpus in pipeline.corpora.values():
-        for source in corpus.sources:
-            if source.package is None and source.files:
-                pattern = Path(source.files)
-                root, glob = (Path("/"), str(pattern)[1:]) if pattern.is_absolute() else (base, str(pattern))
-                for path in sorted(root.glob(glob)):
-                    stat = path.stat()
-                    found.append([str(path), stat.st_size, stat.st_mtime_ns])
+    with opened(base) as find:
+        for corpus in pipeline.corpora.values():
+            for source in corpus.sources:
+                patterns = [] if source.package else [source.files, source.untranslated]
+                for file in (file for pattern in patterns if pattern for file in find(pattern)):
+                    stat = (base / file.name).stat()
+                    found.append([file.name, stat.st_size, stat.st_mtime_ns])
     return found

@@ -1,14 +1,15 @@
 """What runs inside a job, once a rank: the tasks it was given, one after the other, all ranks together."""
 
 import os
+import resource
 import threading
 import time
-import traceback
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint.files import disk_errors
 from growmerge.context import Context, Resources
 from growmerge.events import EventLog
 from growmerge.graph import Node
@@ -36,8 +37,8 @@ class Order:
     threads: int
     began: float
     """When the run began (seconds since the epoch)."""
-    launcher: tuple[int, float] | None
-    """(pid, creation time) of the process without which the job must not go on."""
+    launcher: tuple[int, int] | None
+    """(pid, start) of the process without which the job must not go on."""
 
 
 def work(order: Order) -> str | None:
@@ -82,26 +83,32 @@ def _do(context: Context, name: str) -> str | None:
     from growmerge.verbs import do
 
     started = time.time()
-    context.report({"event": "start", "stage": name})
     try:
-        do(context, context.tasks[name])
+        with disk_errors(context.workdir):
+            context.report({"event": "start", "stage": name})
+            do(context, context.tasks[name])
+            seconds, memory = round(time.time() - started, 2), round(sum(context.ranks.gather(peak_memory())), 2)
+            context.report({"event": "done", "stage": name, "seconds": seconds, "memory_gb": memory})
     except InputError as error:
-        context.report({"event": "error", "stage": name, "text": str(error)})
+        with suppress(OSError):  # the disk may be full
+            context.report({"event": "error", "stage": name, "text": str(error)})
         return str(error)
-    except BaseException:
-        last = traceback.format_exc().strip().splitlines()[-1]
-        context.report({"event": "crash", "stage": name, "text": last})
-        raise
-    context.report({"event": "done", "stage": name, "seconds": round(time.time() - started, 2)})
     return None
 
 
-def _end_with(launcher: tuple[int, float]) -> None:
-    """End this process when the launcher is gone: a job of this machine is a part of its run, never an orphan."""
+def peak_memory() -> float:
+    """Return this process' largest resident size so far (GB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _end_with(launcher: tuple[int, int]) -> None:
+    """End this process when the launcher or the parent is gone: a job of this machine is never an orphan."""
     from slurm.lease import alive
 
+    parent = os.getppid()
+
     def watch() -> None:
-        while alive(*launcher):
+        while alive(*launcher) and os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 

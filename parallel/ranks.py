@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for one that merges or checks a large model alone; a dead one shows by its closed connection."""
 ALONE = Ranks(rank=0, world_size=1)
 
 
@@ -70,7 +73,7 @@ def connect(rank: int, world_size: int, *, rendezvous: Path | None = None) -> Ra
         # Without a name server entry for this host gloo finds no interface; one machine needs only the loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.FileStore(str(rendezvous), world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     else:
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=PATIENCE)
     return Ranks(rank=rank, world_size=world_size)

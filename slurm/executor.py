@@ -5,11 +5,15 @@ What runs is `function(*arguments)`, once a rank; RANK, WORLD_SIZE and LOCAL_RAN
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from parallel.errors import InputError
 
@@ -51,6 +55,10 @@ def submit(job: Job, kind: Kind, folder: Path) -> Any:
     import submitit
 
     folder.mkdir(parents=True, exist_ok=True)
+    if re.search("%[jtaA]", str(folder)):
+        raise InputError(f"{folder}: submitit fills in %j, %t, %a and %A in paths; choose one without them")
+    # Ranks must not find a user's own `train.py` or `eval/` in the current folder before this project's rooms.
+    os.environ["PYTHONSAFEPATH"] = "1"
     executor = submitit.AutoExecutor(folder=folder, cluster=kind)
     parameters: dict[str, Any] = {
         "name": job.name,
@@ -67,31 +75,45 @@ def submit(job: Job, kind: Kind, folder: Path) -> Any:
         if job.slurm:
             parameters["slurm_additional_parameters"] = dict(job.slurm)
     executor.update_parameters(**parameters)
-    return executor.submit(job.function, *job.arguments)
-
-
-def dead_ranks(handle: Any) -> list[int]:
-    """Return the ranks of a job of this machine that ended without a result: killed, or out of memory.
-
-    submitit waits until every rank has ended, and the others may wait for the dead one in a collective for ever.
-    """
-    import psutil
-
-    running = set()
+    # A terminal's ctrl-C goes to all processes; this job's end is the submitter's to decide (`stop`).
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if kind == "local" else None
     try:
+        return executor.submit(job.function, *job.arguments)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def stop(handle: Any, kind: Kind) -> None:
+    """End a job and wait until it has ended."""
+    if kind == "slurm":
+        handle.cancel(check=False)
+        return
+    for rank in _ranks(handle).values():
+        with contextlib.suppress(psutil.Error):
+            rank.kill()
+    handle.wait()
+
+
+def _ranks(handle: Any) -> dict[int, psutil.Process]:
+    """Return the processes of a job of this machine that still run, by rank."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):  # the whole job has ended
         for child in psutil.Process(int(handle.job_id)).children():
             with contextlib.suppress(psutil.Error, KeyError):
                 if child.status() != psutil.STATUS_ZOMBIE:
-                    running.add(int(child.environ()["SUBMITIT_LOCAL_LOCALID"]))
-    except psutil.NoSuchProcess:
-        return []  # the whole job has ended
-    if not running:
-        return []  # not started yet, or at its end
-    return [
-        rank
-        for rank in range(handle.num_tasks)
-        if rank not in running and not handle.task(rank).paths.result_pickle.exists()
-    ]
+                    found[int(child.environ()["SUBMITIT_LOCAL_LOCALID"])] = child
+    return found
+
+
+def dead_ranks(handle: Any) -> list[int]:
+    """Return the ranks of a job of this machine that have ended while others go on.
+
+    submitit waits until every rank has ended, and the others may wait for the dead one in a collective for ever.
+    """
+    running = _ranks(handle)
+    # None at all: not started yet, or at its end.
+    return [rank for rank in range(handle.num_tasks) if rank not in running] if running else []
 
 
 def task_environment() -> tuple[int, int]:
@@ -106,8 +128,7 @@ def task_environment() -> tuple[int, int]:
         "LOCAL_WORLD_SIZE": place.num_tasks // place.num_nodes,
     }
     os.environ.update({name: str(value) for name, value in variables.items()})
-    if place.num_nodes > 1:
-        os.environ.setdefault("MASTER_ADDR", place.hostnames[0])
-        # The same for all ranks and after a requeue; jobs that share a node differ.
-        os.environ.setdefault("MASTER_PORT", str(20000 + int("".join(filter(str.isdigit, place.job_id))[-5:]) % 40000))
+    # Used where the ranks have no common file to meet on; the same for all of them, and jobs that share a node differ.
+    os.environ.setdefault("MASTER_ADDR", place.hostnames[0])
+    os.environ.setdefault("MASTER_PORT", str(20000 + int("".join(filter(str.isdigit, place.job_id))[-5:]) % 40000))
     return place.global_rank, place.num_tasks

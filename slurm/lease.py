@@ -1,4 +1,4 @@
-"""Leases: who works in a folder. A file made with O_EXCL, as shared file systems want, kept alive by a heartbeat.
+"""Leases: who works in a folder. A file made by a hard link, as shared file systems want, kept alive by a heartbeat.
 
 A lease is stale when its process is gone (same host) or its heartbeat is old (another host); a stale one is taken over.
 """
@@ -7,14 +7,12 @@ import getpass
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import psutil
 
 from checkpoint.files import disk_errors
 from parallel.errors import InputError
@@ -32,8 +30,8 @@ class Owner:
     host: str
     user: str
     pid: int
-    started: float
-    """Creation time of the process (seconds since the epoch): a pid alone may be another process by now."""
+    started: int
+    """When the process started (clock ticks since boot): a pid alone may be another process by now."""
     doing: str
 
     def __str__(self) -> str:
@@ -46,16 +44,21 @@ def this_process(doing: str) -> Owner:
     except (KeyError, OSError):
         user = str(os.getuid())
     pid = os.getpid()
-    return Owner(host=socket.gethostname(), user=user, pid=pid, started=psutil.Process(pid).create_time(), doing=doing)
+    return Owner(host=socket.gethostname(), user=user, pid=pid, started=_started(pid) or 0, doing=doing)
 
 
-def alive(pid: int, started: float) -> bool:
-    """Return whether a process of this host still runs and is the one that was meant."""
+def _started(pid: int) -> int | None:
+    """Return when a process started (clock ticks since boot, which no change of the clock moves), None if it ended."""
     try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def alive(pid: int, started: int) -> bool:
+    """Return whether a process of this host still runs and is the one that was meant."""
+    return _started(pid) == started
 
 
 def holder(path: Path) -> Owner | None:
@@ -67,7 +70,7 @@ def holder(path: Path) -> Owner | None:
         return None  # absent, or cut short by a kill in the middle of writing it
     if owner.host == socket.gethostname():
         return owner if alive(owner.pid, owner.started) else None
-    return owner if time.time() - record["beat"] < STALE else None
+    return owner if abs(time.time() - record["beat"]) < STALE else None
 
 
 class Lease:
@@ -86,34 +89,49 @@ class Lease:
         return json.dumps({"owner": asdict(self._owner), "beat": time.time()}).encode()
 
     def __enter__(self) -> "Lease":
+        fresh = self._beside("new")
         for _ in range(3):
+            with disk_errors(self._path):
+                fresh.write_bytes(self._record())
             try:
-                with disk_errors(self._path):
-                    handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+                os.link(fresh, self._path)  # whole, or not at all if one is there
             except FileExistsError:
-                owner = holder(self._path)
-                if owner is not None:
-                    raise InputError(f"{self._path.parent} is in use: {owner}") from None
+                self._refuse(holder(self._path))
                 self._clear()
                 continue
-            with os.fdopen(handle, "wb") as file:
-                file.write(self._record())
+            finally:
+                fresh.unlink()
             threading.Thread(target=self._beat, daemon=True).start()
             return self
         raise InputError(f"{self._path}: another process took this lease at the same moment; try again")
 
+    def _beside(self, what: str) -> Path:
+        return self._path.with_name(f".{self._path.name}.{os.getpid()}.{what}")
+
+    def _refuse(self, owner: Owner | None) -> None:
+        if owner is not None:
+            raise InputError(f"{self._path.parent} is in use: {owner}")
+
     def _clear(self) -> None:
         """Move a stale lease out of the way; of two that try at once one wins and the other finds nothing."""
-        aside: Any = self._path.with_name(f".{self._path.name}.{os.getpid()}.stale")
+        aside = self._beside("stale")
         try:
             self._path.rename(aside)
         except FileNotFoundError:
             return
-        aside.unlink()
+        try:
+            if (owner := holder(aside)) is not None:  # somebody took the stale one over just before
+                os.link(aside, self._path)
+                self._refuse(owner)
+        finally:
+            aside.unlink()
 
     def _beat(self) -> None:
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.beat")
+        beside = self._beside("beat")
         while not self._stop.wait(BEAT):
+            if holder(self._path) not in (self._owner, None):
+                print(f"growmerge: {self._path} was taken over: {holder(self._path)}", file=sys.stderr)
+                os._exit(1)
             try:
                 beside.write_bytes(self._record())
                 beside.replace(self._path)
@@ -124,4 +142,5 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._path.unlink(missing_ok=True)
+        if holder(self._path) == self._owner:
+            self._path.unlink(missing_ok=True)

@@ -162,9 +162,28 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def clear_after(folder: Path, found: Path | None) -> None:
+    """Delete what lies above the checkpoint that a run resumes from: damaged ones, and what a kill left unfinished."""
+    for path in _checkpoints(folder):
+        if found is None or path.name > found.name:
+            _delete(path)
+    if found is not None:
+        write_bytes(folder / POINTER, found.name.encode())
+
+
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; a manifest goes first, so that none looks complete half-deleted."""
-    complete = sorted(path for path in folder.iterdir() if manifest.is_complete(path))
-    for path in complete[: max(0, len(complete) - keep)]:
-        (path / manifest.NAME).unlink()
-        shutil.rmtree(path)
+    """Delete all but the newest `keep` checkpoints."""
+    kept = [path for path in _checkpoints(folder) if manifest.is_complete(path)][-keep:]
+    for path in _checkpoints(folder):
+        if path not in kept:
+            _delete(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint, its manifest first, so that it never looks complete half-deleted."""
+    (path / manifest.NAME).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)  # on NFS a file that is still mapped stays for a while

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from checkpoint.zero3 import open_zero3
 from parallel.errors import InputError
 from parallel.faults import point
 from parallel.ranks import Ranks
-from train.checkpointing import newest, prune
+from train.checkpointing import clear_after, newest, prune
 from train.engine import Engine, EngineConfig
 from train.schedule import wsd
 
 Evaluate = Callable[[torch.nn.Module], Mapping[str, Any]]
 """Scores the running model; called by all ranks together, returns the same plain data on each."""
+METRICS = "metrics.jsonl"
 Report = Callable[[Mapping[str, Any]], None]
 
 
@@ -95,17 +95,20 @@ def train(
     found, damaged = ranks.broadcast(newest(checkpoints) if ranks.first else None)
     for line in damaged if ranks.first else []:
         report({"event": "warning", "text": f"passed over a damaged checkpoint: {line}"})
+    if ranks.first:
+        clear_after(checkpoints, found)
+    source: Source = WithoutState(start()) if found is None else open_zero3(found)
+    first, known = 0, b""
     if found is not None:
-        source: Source = open_zero3(found)
         assert source.run.seed == seed, f"checkpoint of seed {source.run.seed}, run of seed {seed}"
-    else:
-        source = start()
-    first = source.run.step if found is not None else 0
-    if first == plan.steps and found is not None:
+        first, known = source.run.step, (found / METRICS).read_bytes()
+    log = Metrics(folder / METRICS, known=known, ranks=ranks)
+    if found is not None and first == plan.steps:
+        log.close()
         return found
     micro, passes = plan.batching(ranks.world_size)
-    engine = Engine(WithoutState(source) if found is None else source, _engine_config(plan, micro, passes), ranks)
-    log = Metrics(folder / "metrics.jsonl", resumed=first if found is not None else None, ranks=ranks)
+    engine = Engine(source, _engine_config(plan, micro, passes), ranks)
+    del source  # and with it the mapping of files that are pruned later
     scored = plan.global_batch * plan.sequence_length
 
     def evaluate_now(step: int) -> None:
@@ -138,9 +141,8 @@ def train(
         if plan.evaluates_at(done):
             evaluate_now(done)
         if plan.saves_at(done):
-            log.sync()
             state = {"tokens": done * scored, "samples": done * plan.global_batch, "seed": seed}
-            engine.save(checkpoints, f"step-{done:08d}", state, files)
+            engine.save(checkpoints, f"step-{done:08d}", state, {**files, METRICS: log.content()})
             if ranks.first:
                 prune(checkpoints, keep)
     engine.close()
@@ -187,16 +189,14 @@ def _engine_config(plan: RunPlan, micro: int, passes: int) -> EngineConfig:
 
 
 class Metrics:
-    """The run's JSONL log, on rank 0: after a resume it goes on exactly where the checkpoint was."""
+    """The run's JSONL log, on rank 0. Every checkpoint holds a copy, with which a resumed run goes on."""
 
-    def __init__(self, path: Path, *, resumed: int | None, ranks: Ranks) -> None:
-        self._file = None
-        if not ranks.first:
-            return
-        kept = [line for line in read_metrics(path) if resumed is not None and line["step"] <= resumed]
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    def __init__(self, path: Path, *, known: bytes, ranks: Ranks) -> None:
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = None
+        if ranks.first:
+            write_bytes(path, known)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
@@ -204,11 +204,8 @@ class Metrics:
                 self._file.write(json.dumps(line) + "\n")
                 self._file.flush()
 
-    def sync(self) -> None:
-        """Make what was logged durable: done before a checkpoint that presumes it."""
-        if self._file is not None:
-            with disk_errors(self._path):
-                os.fsync(self._file.fileno())
+    def content(self) -> bytes:
+        return b"" if self._file is None else self._path.read_bytes()
 
     def close(self) -> None:
         if self._file is not None:

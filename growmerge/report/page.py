@@ -91,10 +91,10 @@ def questions(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             **question,
-            "parts": [part for part in results["questions"] if part["id"].rpartition(".")[0] == question["id"]],
+            "parts": [part for part in results["questions"] if part["id"].rpartition("/")[0] == question["id"]],
         }
         for question in results["questions"]
-        if "." not in question["id"]
+        if "/" not in question["id"]
     ]
 
 

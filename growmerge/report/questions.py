@@ -48,14 +48,14 @@ def verdict(low: float, high: float, wanted: Wanted) -> str:
 def answers(raw: Mapping[str, Any], estimate: Estimator) -> list[dict[str, Any]]:
     """Return an entry a question and part: id, question, label, sentence, verdict, value, low, high, unit, detail.
 
-    `estimate(side)` gives value, low and high of a side. `Q1` is the answer over all parts, `Q1.swe` that of a part.
+    `estimate(side)` gives value, low and high of a side. `Q1` is the answer over all parts, `Q1/swe` that of a part.
     A question whose models this run lacks is not resolved and has no numbers. Without a study there are no questions.
     """
     if not raw.get("study"):
         return []
     study = Study(raw)
     return [
-        {"id": f"{code}.{pair.part}" if pair.part else code, "question": text.format(source=study.name(study.source))}
+        {"id": f"{code}/{pair.part}" if pair.part else code, "question": text.format(source=study.name(study.source))}
         | _answer(pair, wanted, estimate)
         for code, (text, wanted, compare) in QUESTIONS.items()
         for pair in compare(study)
@@ -94,7 +94,7 @@ def _over_languages(study: Study, setup: str, sides: Sides, *, on: str = "On", *
     yield Comparison(part=prefix, label=prefix, where=_everywhere(study), a=a, b=b, **words)
     for code, (a, b) in sides.items():
         name = study.name(code)
-        part, label = (f"{prefix}.{code}", f"{prefix} {name}") if prefix else (code, name)
+        part, label = (f"{prefix}/{code}", f"{prefix} {name}") if prefix else (code, name)
         yield Comparison(part=part, label=label, where=f"{on} {name}", a=a, b=b, **words)
 
 
@@ -114,12 +114,12 @@ def same_compute(study: Study) -> Iterator[Comparison]:
     """Q2: each grown setup, while within the compute of the small one's whole adaptation, against its end."""
     for setup in study.grown:
         points = {code: study.equal_compute(setup, code) for code in study.languages}
-        sides = {code: (_at(point, code), study.new(study.small, code)) for code, point in points.items()}
+        sides = {code: (_at(point, code), study.end(study.small, code)) for code, point in points.items()}
         found = {code: {key: point[key] for key in POINT} for code, point in points.items() if point}
-        first = f"the {setup} model, within the compute of {study.small},"
+        first = f"the {setup} model, within the adaptation's compute of {study.small},"
         if found:
             text, compute = (_percent([point[key] for point in found.values()]) for key in ("share", "flops_share"))
-            first = f"the {setup} model, at {text} of the text, {compute} of the compute and not yet decayed,"
+            first = f"the {setup} model, at {text} of the text and {compute} of the adaptation's compute,"
         second = f"the {study.small} model at its end"
         yield from _over_languages(study, setup, sides, first=first, second=second, detail={"points": found})
 
@@ -172,7 +172,7 @@ def merged_or_joint(study: Study) -> Iterator[Comparison]:
         )
         for setup in study.setups:
             yield Comparison(
-                part=f"{method}.{setup}",
+                part=f"{method}/{setup}",
                 label=f"{setup} {method}",
                 where=where,
                 first=f"the {method} merge of the {setup} models",
@@ -199,7 +199,7 @@ def grown_merges(study: Study) -> Iterator[Comparison]:
         )
         for method in study.methods:
             yield Comparison(
-                part=f"{prefix}.{method}".strip("."),
+                part=f"{prefix}/{method}".strip("/"),
                 label=f"{prefix} {method}".strip(),
                 where=where,
                 first=f"the {method} merge of {setup} models",
@@ -230,10 +230,10 @@ def methods(study: Study) -> Iterator[Comparison]:
 
 def before_or_after(study: Study) -> Iterator[Comparison]:
     """Q7: grown before the last training in the source language against grown after it."""
-    early, late = study.grown[0], study.late
+    early, late = study.early, study.late
     sides = {code: (study.new(early, code), study.new(late, code)) for code in study.languages}
     first, second = f"the {early} model, grown before it,", f"the {late} model, grown after it"
-    yield from _over_languages(study, early, sides, first=first, second=second)
+    yield from _over_languages(study, study.grown[0], sides, first=first, second=second)
 
 
 def listed(words: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ class Study:
         late = [s for s in self.setups[1:] if raw["models"].get(bases.get(s), {}).get("verb") == "grow"]
         early = [s for s in self.setups[1:] if s not in late]
         self.late = late[0] if late else "late-grown"
+        self.early = early[0] if early else "early-grown"
         self.grown = [*early, *late] or ["grown"]
 
     def name(self, language: str) -> str:
@@ -41,6 +42,12 @@ class Study:
     def new(self, setup: str, language: str) -> Side | None:
         """Return what the model adapted to a language reaches on it."""
         return self.side(self.adapted(setup, language), language)
+
+    def end(self, setup: str, language: str) -> Side | None:
+        """Return what the running model adapted to a language reached at its end, as `equal_compute` has it."""
+        curve = self.raw.get("curves", {}).get(self.adapted(setup, language), [])
+        rows = curve[-1]["scores"].get(language) if curve else None
+        return [Term(factor=1.0, language=language, rows=rows)] if rows else None
 
     def joint(self, setup: str) -> Side | None:
         """Return what the joint model reaches, on average over the languages."""

@@ -178,7 +178,8 @@ def pairs(results: Mapping[str, Any]) -> Table | None:
     if not rows:
         return None
     return Table(
-        caption="Acceptability pairs: sentences preferred to their corrupted copy, % [Wilson interval]; chance is 50",
+        caption="Acceptability pairs: sentences preferred to their corrupted copy, % [Wilson interval]; a tie is "
+        "wrong. Chance is 50 for swaps, but a model without word order ties; drops have no fixed chance level",
         columns=["model", "corruption", *(results["languages"][c] for c in languages)],
         rows=_rows(rows),
         breaks=frozenset({len(accuracy)}),
@@ -210,7 +211,8 @@ def corpora(results: Mapping[str, Any]) -> list[Table]:
         dropped = ", ".join(f"{reason} {count(n)}" for reason, n in corpus.get("dropped", {}).items()) or NONE
         rate = results.get("tokenizer", {}).get("bytes_per_token", {}).get(code)
         numbers = [
-            count(corpus.get(key)) for key in ("documents", "bytes", "tokens", "heldout_documents", "heldout_bytes")
+            count(corpus.get(key))
+            for key in ("documents", "bytes", "tokens", "heldout_documents", "heldout_bytes", "parallel_documents")
         ]
         sizes.append([name, *numbers, NONE if rate is None else f"{rate:.2f}", dropped])
         for source in corpus["sources"]:
@@ -219,10 +221,11 @@ def corpora(results: Mapping[str, Any]) -> list[Table]:
             origins.append([name, *facts, place, source.get("files") or NONE, (source.get("sha256") or NONE)[:12]])
     if not sizes:
         return []
-    columns = ["language", "documents", "bytes", "tokens", "held-out documents", "held-out bytes", "bytes a token"]
+    columns = ["language", "documents", "bytes", "tokens", "held-out documents", "held-out bytes"]
+    columns += ["of them parallel", "bytes a token"]
     where = ["language", "edition", "rights holder", "licence", "package", "files", "sha256"]
     return [
-        Table(caption="Text: its size", columns=[*columns, "left out"], rows=_rows(sizes), words=frozenset({0, 7})),
+        Table(caption="Text: its size", columns=[*columns, "left out"], rows=_rows(sizes), words=frozenset({0, 8})),
         Table(caption="Text: where it comes from", columns=where, rows=_rows(origins), words=frozenset(range(7))),
     ]
 
@@ -247,10 +250,10 @@ def answers(results: Mapping[str, Any]) -> Table | None:
     asked = results["questions"]
     return (
         Table(
-            caption="Answers over all languages (Q1) and for each part (Q1.swe); the difference is first minus second",
+            caption="Answers over all languages (Q1) and for each part (Q1/swe); the difference is first minus second",
             columns=["", "answer", "difference"],
             rows=_rows([q["id"], q["sentence"], with_interval(q) if q["value"] is not None else NONE] for q in asked),
-            breaks=frozenset(i for i, q in enumerate(asked) if "." not in q["id"]),
+            breaks=frozenset(i for i, q in enumerate(asked) if "/" not in q["id"]),
             words=frozenset({0, 1}),
         )
         if asked

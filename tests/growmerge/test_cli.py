@@ -60,7 +60,13 @@ def test_inspect_says_what_a_checkpoint_is_and_finds_a_flipped_bit(tiny_folder, 
 def test_a_package_that_shadows_a_room_is_named(tmp_path):
     (tmp_path / "merge").mkdir()
     (tmp_path / "merge" / "__init__.py").write_text("")
-    found = subprocess.run(command("inspect", "x"), cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-m", "growmerge.cli", "inspect", "x"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 2
     assert f"the package 'merge' comes from {tmp_path / 'merge' / '__init__.py'}" in found.stderr
 
@@ -98,12 +104,16 @@ def test_a_card_has_metadata_that_yaml_reads():
         recipe={"width": 2, "stage": {"method": "exact-split", "empty": None}},
         parents=["seed"],
         corpora={"eng": {"name": "English", "sources": [source]}},
+        results={"eng": {"value": 2.5, "low": None, "high": None}},
+        confidence=0.9,
     )
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head)["license_name"] == 'L "quoted"'
     assert "| stage.method | `exact-split` |" in body
     assert "empty" not in body
     assert "- seed" in body
+    assert "90 % interval" in body
+    assert "| eng | 2.500 | – |" in body
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -132,7 +132,7 @@ ERRORS = [
     (
         "checks:",
         "evaluation: {stride: 65}\nchecks:",
-        "46: evaluation.stride: 65 is longer than the window of 64 tokens",
+        "46: evaluation.stride: 65 is not shorter than the window of 64 tokens",
     ),
     # text
     ("- files: texts/eng/*.txt", "[]", "7: corpora.eng.sources: language without text: the list of sources is empty"),

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +36,10 @@ def undisturbed(tmp_path_factory):
     """The folder of a pipeline, and the workdir of one undisturbed run of it."""
     folder = tmp_path_factory.mktemp("toy")
     path = write_toy(folder)
-    ran = growmerge("run", str(path), "--workdir", str(folder / "run"))
+    # What a user may have in the folder that he starts from is not taken for this project's rooms.
+    (folder / "train.py").write_text("raise SystemExit('not ours')\n")
+    (folder / "eval").mkdir()
+    ran = growmerge("run", path.name, "--workdir", "run", cwd=folder)
     assert ran.returncode == 0, ran.stderr
     assert "report:" in ran.stdout
     return folder, ran
@@ -214,15 +218,48 @@ def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tm
     assert after["scores"]["2x-linear"] == before["scores"]["2x-linear"]  # linear has no density
     assert after["scores"]["2x-ties"] != before["scores"]["2x-ties"]
 
-    # A file that was damaged since is noticed by its size and made again.
-    victim = workdir / "models" / "2x-ties" / "model.safetensors"
-    victim.write_bytes(victim.read_bytes()[:-4])
+    # Going back finds the old results and shows the old report; what the user put beside the links stays.
+    (workdir / "models" / "mine").mkdir()
+    (workdir / "report.md").unlink()
+    back = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+    assert "nothing to do" in back.stdout
+    for name in ("results.json", "report.html", "report.md"):
+        assert (workdir / name).read_bytes() == (folder / "run" / name).read_bytes()
+    assert_same(folder, workdir)
+    assert (workdir / "models" / "mine").is_dir()
+
+    # What only the report says of the text re-runs the report alone, which mends the cards too.
+    changed.write_text(PIPELINE.replace("edition: made up", "edition: corrected").replace("every: 5", "every: 4"))
     ran = growmerge("run", str(changed), "--workdir", str(workdir))
     assert ran.returncode == 0, ran.stderr
-    assert started(workdir) == ["2x-ties"]
-    manifest.check(victim.resolve().parent, deep=True)
+    assert started(workdir) == ["report"]
+    assert "corrected" in (workdir / "models" / "2x-ties" / "README.md").read_text()
+    assert numbers(workdir)["corpora"]["swe"]["sources"][0]["edition"] == "corrected"
 
-    # A check that the run does not pass: an undertrained model.
+
+def test_files_damaged_since_are_noticed_and_made_again(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir = tmp_path / "run"
+    shutil.copytree(folder / "run", workdir, symlinks=True)
+    victim = workdir / "models" / "2x-ties" / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-4])
+    (log,) = (workdir / "stages" / "base-1x").glob("*/metrics.jsonl")
+    log.write_bytes(log.read_bytes()[:300])
+    ran = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+    assert ran.returncode == 0, ran.stderr
+    assert started(workdir) == ["base-1x", "2x-ties"]
+    manifest.check(victim.resolve().parent, deep=True)
+    assert "## Results" in (victim.parent / "README.md").read_text()
+    (original,) = (folder / "run" / "stages" / "base-1x").glob("*/metrics.jsonl")
+    assert log.read_bytes() == original.read_bytes()
+    assert_same(folder, workdir)
+
+
+def test_a_check_that_is_not_passed_is_exit_code_1(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir = tmp_path / "run"
+    shutil.copytree(folder / "run", workdir, symlinks=True)
+    changed = folder / "asks-too-much.yaml"
     changed.write_text(PIPELINE.replace("by: 0.2", "by: 5.0"))
     failed = growmerge("run", str(changed), "--workdir", str(workdir))
     assert failed.returncode == 1
@@ -273,7 +310,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(undistur
         assert ended.returncode == 0, ended.stderr
         assert_same(folder, disk / "run")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -298,6 +335,28 @@ def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path
     assert f"seed: rank {victim} failed: it died without a message (killed, or out of memory)" in error
     assert "Traceback" not in error
     assert not psutil.wait_procs(ranks, timeout=10)[1]
+
+
+def test_ctrl_c_ends_all_of_it_with_one_line(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir, marker = tmp_path / "run", tmp_path / "reached"
+    process = psutil.Popen(
+        command("run", str(folder / "toy.yaml"), "--workdir", str(workdir)),
+        env={**os.environ, "GROWMERGE_FAULT": f"{marker}:step/3"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not marker.exists():
+        time.sleep(0.05)
+    family = process.children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher and all ranks at once
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1] == "growmerge: interrupted; the same command goes on from here"
+    assert "Traceback" not in error
+    assert not psutil.wait_procs(family, timeout=10)[1]
 
 
 def test_untrained_models_fail_the_check_that_trained_ones_pass(undisturbed):

@@ -87,13 +87,13 @@ def write_toy(folder: Path, text: str = PIPELINE) -> Path:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "growmerge.cli", *arguments]
+    return [str(Path(sys.executable).parent / "growmerge"), *arguments]
 
 
-def growmerge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def growmerge(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line and return what it printed."""
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        command(*arguments), capture_output=True, text=True, env={**os.environ, **environment}, check=False, cwd=cwd
     )
 
 

@@ -15,7 +15,7 @@ from slurm.lease import STALE, Lease, alive, holder, this_process
 
 
 def record(path, **changes):
-    owner = {"host": socket.gethostname(), "user": "ada", "pid": 1, "started": 0.0, "doing": "growmerge run x.yaml"}
+    owner = {"host": socket.gethostname(), "user": "ada", "pid": 1, "started": 0, "doing": "growmerge run x.yaml"}
     beat = changes.pop("beat", time.time())
     path.write_text(json.dumps({"owner": {**owner, **changes}, "beat": beat}))
 
@@ -35,7 +35,7 @@ def test_the_lease_of_a_dead_process_is_taken_over(tmp_path):
     path = tmp_path / "lease.json"
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    record(path, pid=child.pid, started=time.time())
+    record(path, pid=child.pid, started=1)
     assert holder(path) is None
     with Lease(path, "me"):
         assert holder(path).pid == os.getpid()

@@ -54,6 +54,34 @@ def build(folder: Path, seed: int = 1, heldout: HeldOut | None = None, **changes
     return build_corpora(corpora(**changes), options, seed=seed, cache=folder / "cache", base_dir=folder)
 
 
+def test_passages_of_parallel_documents_are_those_that_every_language_has(tmp_path: Path) -> None:
+    """Interface texts: a string that one language lacks, or has untranslated, is held out in none."""
+    words = random.Random(3)
+    for number in range(40):
+        for language in ("en", "sv"):
+            (tmp_path / language).mkdir(exist_ok=True)
+            strings = {key: f"{key} {sentence(words, 6)}" for key in ("title", "help", "error")}
+            if language == "sv" and number % 2:
+                del strings["help"]
+            (tmp_path / language / f"part{number}.json").write_text(json.dumps({"texts": strings}))
+    corpora = {
+        language: Corpus(name=language, sources=(TextSource(files=f"{language}/*.json", reader="json-strings"),))
+        for language in ("en", "sv")
+    }
+    options = HeldOut(share=0.3, max_bytes=9000)
+    texts = build_corpora(corpora, options, seed=1, cache=tmp_path / "cache", base_dir=tmp_path)
+    assert len(texts["en"].parallel) >= 8
+    keys = {
+        language: {d.id: [passage.split()[0] for passage in d.passages] for d in text.heldout}
+        for language, text in texts.items()
+    }
+    for name in texts["en"].parallel:
+        wanted = ["error", "help", "title"] if int(name.removeprefix("part")) % 2 == 0 else ["error", "title"]
+        assert keys["en"][name] == keys["sv"][name] == wanted
+    trained = {name for name in keys["en"] if name not in texts["en"].parallel} | ids(texts["en"].training)
+    assert not trained & set(texts["en"].parallel)
+
+
 def ids(documents: tuple[Document, ...]) -> set[str]:
     return {document.id for document in documents}
 

@@ -16,6 +16,7 @@ class Letters:
     """A tokenizer of code points, shifted by two."""
 
     eos: int | None = 1
+    bos: int | None = None
     vocab_size: int = 1 << 16
     sha256: str = "of letters"
 
@@ -37,6 +38,13 @@ def test_the_bytes_on_disk(tmp_path: Path, vocab_size: int, dtype: str) -> None:
         assert found.offsets.tolist() == [0, 4, 5, 8]
         assert (found.metadata["documents"], found.metadata["tokens"], found.metadata["bytes"]) == (3, 8, 6)
         assert found.metadata["tokenizer"] == "of letters"
+
+
+def test_a_document_stands_between_bos_and_eos(tmp_path: Path) -> None:
+    """Evaluation conditions every text on BOS: training has to have seen it there."""
+    file = write_tokens(TEXTS, Letters(bos=0), tmp_path / "x")
+    assert file.tokens.tolist() == [0, 99, 100, 101, 1, 0, 1, 0, 102, 235, 1]
+    assert file.offsets.tolist() == [0, 5, 7, 11]
 
 
 def test_more_documents_than_a_batch(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from checkpoint.files import inside, read_json, write_bytes, write_json
 from parallel.errors import InputError, one_of
-from train.data.heldout import Candidate, choose_heldout, decontaminate, split_documents
+from train.data.heldout import Candidate, align, choose_heldout, decontaminate, split_documents
 from train.data.packages import fetch
 from train.data.readers import Document, Options, read_documents
 
@@ -110,6 +110,7 @@ def build_corpora(
         for language, text in texts.items()
     }
     parallel = tuple(sorted(frozenset.intersection(*chosen.values()))) if len(chosen) > 1 else ()
+    held = {language: tuple(documents) for language, documents in align(held, parallel).items()}
     everything_held = [document for documents in held.values() for document in documents]
     built = {}
     for language, text in texts.items():
@@ -174,7 +175,8 @@ class _Read:
 
 def _read(language: str, corpus: CorpusOptions, cache: Path, base_dir: Path) -> _Read:
     seen: set[str] = set()
-    passages: dict[str, list[str]] = {}
+    passages: dict[str, dict[str, str]] = {}
+    """By document: passage -> its key, empty if it has none."""
     owner: dict[str, int] = {}
     banned: set[str] = set()
     sources, duplicates = [], 0
@@ -185,11 +187,15 @@ def _read(language: str, corpus: CorpusOptions, cache: Path, base_dir: Path) -> 
             digest = source.sha256
         documents, content = read_documents(source, place)
         for document in documents:
-            fresh = [passage for passage in dict.fromkeys(document.passages) if passage not in seen]
+            keys = document.keys or ("",) * len(document.passages)
+            fresh: dict[str, str] = {}
+            for passage, key in zip(document.passages, keys, strict=True):
+                if passage not in seen:
+                    fresh.setdefault(passage, key)
             seen.update(fresh)
             duplicates += len(document.passages) - len(fresh)
             if fresh:
-                passages.setdefault(document.id, []).extend(fresh)
+                passages.setdefault(document.id, {}).update(fresh)
                 owner.setdefault(document.id, number)
             if any(fnmatchcase(document.id, pattern) for pattern in source.never_heldout):
                 banned.add(document.id)
@@ -206,7 +212,10 @@ def _read(language: str, corpus: CorpusOptions, cache: Path, base_dir: Path) -> 
         )
     if not passages:
         raise InputError(f"language {language} has no text: its sources hold no passage that passes their filters")
-    found = [Document(id=name, passages=tuple(parts)) for name, parts in passages.items()]
+    found = [
+        Document(id=name, passages=tuple(parts), keys=tuple(parts.values()) if all(parts.values()) else ())
+        for name, parts in passages.items()
+    ]
     candidates = [
         Candidate(
             id=document.id,

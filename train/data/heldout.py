@@ -84,6 +84,22 @@ def choose_heldout(
     return {language: frozenset(ids) for language, ids in chosen.items()}
 
 
+def align(held: Mapping[str, Sequence[Document]], ids: Iterable[str]) -> dict[str, list[Document]]:
+    """Keep of documents that all languages hold out the passages that all of them have, by the passages' keys.
+
+    Documents whose passages have no keys are kept whole, as are those that have no passage in common.
+    """
+    by_id = {language: {document.id: document for document in documents} for language, documents in held.items()}
+    for name in ids:
+        same = [documents[name] for documents in by_id.values()]
+        common = frozenset.intersection(*(frozenset(document.keys) for document in same))
+        for documents in by_id.values() if common else ():
+            pairs = zip(documents[name].keys, documents[name].passages, strict=True)
+            kept = {key: passage for key, passage in pairs if key in common}
+            documents[name] = Document(id=name, passages=tuple(kept.values()), keys=tuple(kept))
+    return {language: list(documents.values()) for language, documents in by_id.items()}
+
+
 def normalise(text: str) -> list[str]:
     """Return the words of a text, without case and punctuation."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())

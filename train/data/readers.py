@@ -20,6 +20,8 @@ class Document:
     id: str
     passages: tuple[str, ...]
     """Paragraphs, verses or strings: what is deduplicated and left out as a whole; none holds a line break."""
+    keys: tuple[str, ...] = ()
+    """Names of the passages, if the source names them: of one name in two languages, they mean the same."""
 
     @property
     def text(self) -> str:
@@ -60,6 +62,7 @@ def read_documents(source: Options, place: Path) -> tuple[list[Document], str]:
     if name not in READERS:
         raise InputError(one_of(f"reader of {source.files}: it needs reader:, now", name, READERS))
     passages: dict[str, list[str]] = {}
+    keys: dict[str, list[str]] = {}
     digest = hashlib.sha256()
     with opened(place) as find:
         originals = {file.key: file for file in find(source.untranslated)} if source.untranslated else {}
@@ -72,7 +75,9 @@ def read_documents(source: Options, place: Path) -> tuple[list[Document], str]:
                 for passage in document.passages:
                     _check_unicode(passage, file, document.id)
                 passages.setdefault(document.id, []).extend(document.passages)
-    return [Document(id=name, passages=tuple(parts)) for name, parts in passages.items()], digest.hexdigest()
+                keys.setdefault(document.id, []).extend(document.keys)
+    found = [Document(id=name, passages=tuple(parts), keys=tuple(keys[name])) for name, parts in passages.items()]
+    return found, digest.hexdigest()
 
 
 def _check_unicode(passage: str, file: File, document: str) -> None:
@@ -158,12 +163,12 @@ def json_strings(data: bytes, file: File, source: Options, original: File | None
     Left out: strings with fewer than `min_words` words, references (`[%key:`), and what is still the original's.
     """
     known = {} if original is None else _strings(_json(original.read(), original))
-    passages = [
-        value
+    passages = {
+        "/".join(key): value
         for key, value in sorted(_strings(_json(data, file)).items())
         if len(value.split()) >= max(1, source.min_words) and "[%key:" not in value and known.get(key) != value
-    ]
-    yield Document(id=file.key, passages=tuple(passages))
+    }
+    yield Document(id=file.key, passages=tuple(passages.values()), keys=tuple(passages))
 
 
 def _strings(value: Any, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:

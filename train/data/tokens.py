@@ -23,6 +23,8 @@ class BatchTokenizer(Protocol):
     """What writing token files needs of a tokenizer."""
 
     @property
+    def bos(self) -> int | None: ...
+    @property
     def eos(self) -> int | None: ...
     @property
     def vocab_size(self) -> int: ...
@@ -34,7 +36,7 @@ class BatchTokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFile:
-    """Tokenised documents, each followed by EOS; `len()` counts tokens."""
+    """Tokenised documents, each between BOS (if there is one) and EOS; `len()` counts tokens."""
 
     tokens: np.ndarray
     """Flat ids [tokens], a read-only memory map."""
@@ -71,10 +73,12 @@ def write_tokens(texts: Iterable[str], tokenizer: BatchTokenizer, path: Path) ->
         raise InputError(f"{path.name}: the tokenizer has no EOS token, which ends each document")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     documents = list(texts)
+    # Evaluation conditions every text on BOS, so training has to have seen it.
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
     pieces: list[np.ndarray] = []
     for start in range(0, len(documents), BATCH):
         for ids in tokenizer.encode_batch(documents[start : start + BATCH]):
-            pieces.append(np.array([*ids, tokenizer.eos], dtype=dtype))
+            pieces.append(np.array([*first, *ids, tokenizer.eos], dtype=dtype))
     if not pieces:
         raise InputError(f"{path.name}: there is no text to tokenise")
     tokens = np.concatenate(pieces)
