@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from toy import command, growmerge, write_toy
+from toy import growmerge, write_toy
 
 from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsLayout

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from checkpoint.zero3 import load_pickle
 from eval.evaluate import evaluate_model
 from eval.model import load_model
 from parallel.errors import InputError
+from train.checkpointing import clear_after, newest
 from train.data.readers import Document
 from train.loop import RunPlan, read_metrics, train
 from train.schedule import wsd
@@ -130,9 +132,32 @@ def test_a_run_resumes_exactly_and_evaluates_as_the_saved_model(tmp_path):
     manifest.check(cut / "checkpoints" / "step-00000006", deep=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    from dataclasses import replace
+def test_checkpoints_above_the_one_that_a_run_resumes_from_are_gone(tmp_path):
+    """Damaged newer ones must not crowd out what the resumed run writes; a half-deleted one is not left for ever."""
+    run = tmp_path / "run"
+    on_ranks(tmp_path, 1, go, str(run))
+    checkpoints = run / "checkpoints"
+    for step in (4, 6):
+        path = checkpoints / f"step-{step:08d}" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        path.write_bytes(path.read_bytes()[:-50])
+    (checkpoints / "step-00000001").mkdir()
+    found, damaged = newest(checkpoints)
+    assert found is None
+    assert len(damaged) == 2
+    clear_after(checkpoints, found)
+    assert not [path for path in checkpoints.iterdir() if path.is_dir()]
+    on_ranks(tmp_path, 1, go, str(run), replace(PLAN, steps=3, checkpoint_every=1))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    (checkpoints / "step-00000003" / "manifest.json").write_text('{"files": {"config.json": {}}}')
+    found, damaged = newest(checkpoints)
+    assert found == checkpoints / "step-00000002"
+    assert "manifest.json: damaged (KeyError('size'))" in damaged[0]
+    clear_after(checkpoints, found)
+    assert (checkpoints / "latest").read_text() == "step-00000002"
+    assert not (checkpoints / "step-00000003").exists()
 
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     (error,) = on_ranks(tmp_path, 1, go, str(tmp_path / "run"), replace(PLAN, lr=float("inf"), warmup=0))
     assert isinstance(error, InputError)
     assert "the loss is not finite at step 2 (samples 5 to 9)" in str(error)

@@ -1,0 +1,98 @@
+"""Keys of tasks: a change re-runs what depends on it, and nothing else."""
+
+import os
+from pathlib import Path
+
+import pytest
+from toy import PIPELINE, write_toy
+
+from growmerge.config import load_pipeline
+from growmerge.graph import expand
+from growmerge.tasks import Task, build_tasks
+
+STUDY = PIPELINE[PIPELINE.index("study:") : PIPELINE.index("checks:")]
+
+
+def tasks(folder: Path, text: str = PIPELINE) -> dict[str, Task]:
+    path = folder / "toy.yaml"
+    path.write_text(text)
+    pipeline, marks = load_pipeline(path)
+    return build_tasks(pipeline, expand(pipeline, marks, path), folder / "run", folder)
+
+
+def differing(before: dict[str, Task], after: dict[str, Task]) -> set[str]:
+    return {name for name in before if after[name].key != before[name].key}
+
+
+MERGES = {f"{setup}-{method}" for setup in ("1x", "2x") for method in ("linear", "ties")}
+MODELS = {"seed", "base-1x", "seed-2x", "base-2x", "1x-swe", "1x-est", "2x-swe", "2x-est", *MERGES}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "models"),
+    [
+        ("licence: CC0-1.0", "licence: MIT", set()),
+        ("name: Toy Swedish", "name: Svenska", set()),
+        ("checkpoint_every: 5", "checkpoint_every: 7", set()),
+        ("ranks: 2, threads: 1", "ranks: 3, threads: 2", set()),
+        ("title: Toy", "title: Other", set()),
+        ('method: "{method}"}', 'method: "{method}", scale: 0.5}', MERGES),
+        (
+            "steps: 8, evaluate_every: 4",
+            "steps: 9, evaluate_every: 4",
+            MODELS - {"seed", "seed-2x", "base-1x", "base-2x"},
+        ),
+        ("swe: {swe: 0.9, eng.first: 0.1}", "swe: {swe: 1}", {"1x-swe", "2x-swe", *MERGES}),
+        ("lr: 2.0e-2", "lr: 1.0e-2", MODELS),
+    ],
+)
+def test_a_change_concerns_what_depends_on_it(tmp_path: Path, old: str, new: str, models: set[str]) -> None:
+    write_toy(tmp_path)
+    assert old in PIPELINE
+    changed = differing(tasks(tmp_path), tasks(tmp_path, PIPELINE.replace(old, new)))
+    assert changed & MODELS == models
+    assert {name for name in changed if name.startswith("evaluate/")} == {f"evaluate/{name}" for name in models}
+    assert not changed & {"text", "tokens", "pairs", "baselines"}
+
+
+def test_the_study_decides_what_is_measured_in_training(tmp_path: Path) -> None:
+    """Forgetting is of the study's source language: without it, a training in other text does not measure it."""
+    write_toy(tmp_path)
+    text = PIPELINE.replace("swe: {swe: 0.9, eng.first: 0.1}", "swe: {swe: 1}")
+    with_study, without = tasks(tmp_path, text), tasks(tmp_path, text.replace(STUDY, ""))
+    assert with_study["1x-swe"].config["evaluation"]["languages"] == ["eng", "swe"]
+    assert without["1x-swe"].config["evaluation"]["languages"] == ["swe"]
+    assert differing(with_study, without) & {"seed", "1x-swe", "1x-est"} == {"1x-swe"}
+
+
+def test_a_stage_keeps_its_own_precision(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    text = PIPELINE.replace("training: {steps: 40}", "training: {steps: 40, precision: bfloat16}")
+    found = tasks(tmp_path, text)
+    assert found["seed"].config["precision"] == "bfloat16"
+    assert found["base-1x"].config["precision"] == "float32"
+
+
+def test_changed_text_is_noticed_and_a_moved_project_is_not(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    write_toy(old)
+    text = PIPELINE.replace("swe/*.txt", "'**/swe/*.txt'")
+    before = tasks(old, text)
+    old.rename(tmp_path / "new")
+    moved = tasks(tmp_path / "new", text)
+    assert not differing(before, moved)
+    path = tmp_path / "new" / "swe" / "003.txt"
+    os.utime(path, ns=(1, 1))
+    assert "text" in differing(moved, tasks(tmp_path / "new", text))
+
+
+def test_the_original_that_untranslated_text_is_compared_with_counts_as_text(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "sv.json").write_text('{"a": "ett par ord till"}')
+    (tmp_path / "json" / "en.json").write_text('{"a": "a few more words"}')
+    source = "{files: json/sv.json, reader: json-strings, untranslated: json/en.json}"
+    text = PIPELINE.replace("sources: [{files: swe/*.txt", f"sources: [{source}, {{files: swe/*.txt")
+    before = tasks(tmp_path, text)
+    (tmp_path / "json" / "en.json").write_text('{"a": "quite a few more words"}')
+    assert "text" in differing(before, tasks(tmp_path, text))
