@@ -50,8 +50,9 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """An optimizer's parameter group: its own values and the factors that growth asks for."""
+    """An optimizer's parameter group: its own values, and the factors by which growth asks to multiply them."""
 
+    lr: float = 0.0
     weight_decay: float = 0.0
     lr_factor: float = 1.0
     weight_decay_factor: float = 1.0
@@ -62,6 +63,10 @@ class Group:
     eps: float = 1e-8
     step: int = 0
     """Optimizer steps taken (Adam's bias correction)."""
+
+
+FACTORS = ("lr_factor", "weight_decay_factor", "eps_factor", "norm_weight")
+"""The fields of Group that growth sets."""
 
 
 @dataclass(frozen=True, kw_only=True)

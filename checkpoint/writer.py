@@ -6,7 +6,7 @@ Memory is bounded by tile size x workers. The bytes do not depend on the number 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
-from checkpoint.files import disk_errors, inside, write_bytes
+from checkpoint.files import disk_errors, inside, read_json, write_bytes, write_json
 from checkpoint.layout import Fragment, Layout
 from checkpoint.manifest import NAME, block_hashes, write_manifest
 from checkpoint.source import Slot, Source, box_shape, flat_boxes, row_major_tiles
 from parallel.errors import InputError
 from parallel.faults import point
+
+PROGRESS = ".unfinished.json"
+"""Which files an unfinished folder has whole; gone once the manifest is there."""
 
 
 def write_checkpoint(
@@ -33,9 +36,12 @@ def write_checkpoint(
 ) -> str:
     """Write a source into a folder in a layout, the manifest last, and return the hash of its data.
 
+    After a kill the same call goes on with the files that are missing: `PROGRESS` says which are whole, and of what.
+
     Args:
         workers: threads that read, compute and write tiles.
-        about: provenance, stored in growmerge.json with that hash, by which descendants name this checkpoint.
+        about: provenance, stored in growmerge.json with that hash, by which descendants name this checkpoint. It has to
+            tell sources apart for an interrupted call to be gone on with; without it all is written anew.
         extra_files: further files (a tokenizer, say) by relative name.
 
     Raises:
@@ -45,10 +51,13 @@ def write_checkpoint(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     plans = layout.files(source)
-    hashes: dict[str, list[str]] = {}
+    key = hashlib.sha256(json.dumps([about, repr(layout)], sort_keys=True).encode()).hexdigest()
+    hashes = _written(folder, key) if about is not None else {}
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for plan in plans:
             path = inside(folder, plan.name)
+            if plan.name in hashes:
+                continue
             with disk_errors(path):
                 path.unlink(missing_ok=True)
                 fragments = plan.create(path)
@@ -60,7 +69,9 @@ def write_checkpoint(
                 finally:
                     os.close(handle)
             hashes[plan.name] = block_hashes(path)
+            write_json(folder / PROGRESS, {"key": key, "files": {**hashes}, "sizes": _sizes(folder, hashes)})
             point(f"write/{plan.name}")
+    hashes = {plan.name: hashes[plan.name] for plan in plans}
     content = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     extras = {**layout.extras(source, plans), **(extra_files or {})}
     if about is not None:
@@ -71,7 +82,25 @@ def write_checkpoint(
         write_bytes(inside(folder, name), data)
     point("write/manifest")
     write_manifest(folder, known=hashes)
+    (folder / PROGRESS).unlink(missing_ok=True)
     return content
+
+
+def _written(folder: Path, key: str) -> dict[str, list[str]]:
+    """Return the files, with their hashes, that an interrupted call for the same thing has left whole."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    if found.get("key") != key:
+        return {}
+    sizes = _sizes(folder, found["files"])
+    return {name: hashes for name, hashes in found["files"].items() if sizes[name] == found["sizes"][name]}
+
+
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    paths = {name: folder / name for name in names}
+    return {name: path.stat().st_size if path.is_file() else -1 for name, path in paths.items()}
 
 
 def _write_tensor(

@@ -18,7 +18,19 @@ from typing import Any
 import torch
 
 from checkpoint.files import read_json
-from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, box_shape, flat_boxes, row_major_tiles
+from checkpoint.source import (
+    FACTORS,
+    Box,
+    Group,
+    Info,
+    Map,
+    RunState,
+    Slot,
+    Source,
+    box_shape,
+    flat_boxes,
+    row_major_tiles,
+)
 from parallel.errors import InputError
 from parallel.families import Family, family_of
 
@@ -322,10 +334,13 @@ def _groups(optim: Mapping[str, Any]) -> tuple[list[str], dict[str, Group]]:
         for index in entry["params"]:
             names.append(name)
             step = optim["state"].get(index, {}).get("step", 0)
+            factors = {key: float(entry.get(key, 1.0)) for key in FACTORS}
             groups[name] = Group(
-                weight_decay=entry["weight_decay"],
+                lr=entry["lr"] / factors["lr_factor"],
+                weight_decay=entry["weight_decay"] / factors["weight_decay_factor"],
                 betas=tuple(entry["betas"]),
-                eps=entry["eps"],
+                eps=entry["eps"] / factors["eps_factor"],
                 step=int(step),
+                **factors,
             )
     return names, groups

@@ -8,14 +8,14 @@ import functools
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from checkpoint.layout import FilePlan, Fragment
-from checkpoint.source import Group, Slot, Source
+from checkpoint.source import FACTORS, Group, Slot, Source
 from checkpoint.zero3 import STATE_SLOTS, SubGroup, Topology, model_name, numel, optim_name, part_size
 from parallel.errors import InputError
 
@@ -132,8 +132,14 @@ def _create_optim(path: Path, *, source: Source, topology: Topology, rank: int) 
             adam[index] = {"step": step, "exp_avg": flat["exp_avg"], "exp_avg_sq": flat["exp_avg_sq"]}
             steps.append((step, float(group.step)))
         flat_of.append(flat)
-        values = {key: value for key, value in asdict(group).items() if key in ("weight_decay", "betas", "eps")}
-        param_groups.append({"name": sub_group.group, "lr": 0.0, **values, "params": [index]})
+        values = {
+            "lr": group.lr * group.lr_factor,
+            "weight_decay": group.weight_decay * group.weight_decay_factor,
+            "eps": group.eps * group.eps_factor,
+            "betas": group.betas,
+            **{key: getattr(group, key) for key in FACTORS},
+        }
+        param_groups.append({"name": sub_group.group, **values, "params": [index]})
     state: dict[str, Any] = {
         "optimizer_state_dict": {
             "zero_stage": ZeroStageEnum.weights,

@@ -78,7 +78,7 @@ def parameters(config: Config) -> int:
 
 def multiplied(config: Config) -> int:
     """Return the number of parameters that each token is multiplied with: the head, but no look-up of an embedding."""
-    lookup = 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]
+    lookup = 0 if family_of(config).is_tied(config) else config["vocab_size"] * config["hidden_size"]
     return parameters(config) - lookup
 
 
@@ -166,6 +166,6 @@ def _merged(configs: Mapping[str, Config]) -> Config:
 
 
 def _shape(config: Config) -> dict[str, Any]:
-    tied = bool(config.get("tie_word_embeddings"))
+    tied = family_of(config).is_tied(config)
     sizes = {"num_hidden_layers": config["num_hidden_layers"], "tie_word_embeddings": tied}
     return {"family": family_of(config).name, **sizes, **family_of(config).axes(config)}

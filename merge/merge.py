@@ -251,7 +251,7 @@ def _meaning(source: Source) -> dict[str, Any]:
     """Return the sizes of a model's axes and what its config states of the meaning of its weights."""
     config = source.config
     stated = {key: config[key] for key in SAME if config.get(key) is not None}
-    return {**source.family.axes(config), "tie_word_embeddings": bool(config.get("tie_word_embeddings")), **stated}
+    return {**source.family.axes(config), "tie_word_embeddings": source.family.is_tied(config), **stated}
 
 
 def _check_descent(sources: Sequence[Source], base: Source, allow_unrelated: bool) -> tuple[str, ...]:

@@ -59,11 +59,21 @@ class Family:
     rows: tuple[Row, ...]
     tied: Mapping[str, str]
     """alias -> owner, when `tie_word_embeddings` is set."""
+    tied_by_default: bool = False
+    """What a config without `tie_word_embeddings` means."""
+    head_dim: int | None = None
+    """What a config without `head_dim` means; hidden_size / num_attention_heads if None."""
+    logits_divisor: str | None = None
+    """The config key, if there is one, by which the model divides its logits."""
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the head is the embedding."""
+        return bool(config.get("tie_word_embeddings", self.tied_by_default))
 
     def axes(self, config: Mapping[str, Any]) -> dict[str, int]:
         """Return the size of each axis (elements) for a Hugging Face config."""
         heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        head_dim = config.get("head_dim") or self.head_dim or config["hidden_size"] // heads
         return {
             "vocab": config["vocab_size"],
             "hidden": config["hidden_size"],
@@ -76,7 +86,7 @@ class Family:
     def tensors(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return every tensor of the model by on-disk name, in the order of the running model; aliases are listed."""
         sizes = self.axes(config)
-        aliases = self.tied if config.get("tie_word_embeddings") else {}
+        aliases = self.tied if self.is_tied(config) else {}
         found: dict[str, Tensor] = {}
         for name, row, layer in self._names(config):
             shape = tuple(sizes[axis] for axis in row.axes)
@@ -117,42 +127,94 @@ class Family:
 
 _LAYER = "model.layers.{layer}."
 
-LLAMA = Family(
-    name="llama",
-    model_types=("llama", "mistral"),
-    rows=(
+
+def _linear(
+    name: str, axes: tuple[str, str], split: Split, *, bias: str | bool = False, kind: Kind = "matrix"
+) -> tuple[Row, ...]:
+    """Return the rows of a layer's Linear: its weight and, if the config key `bias` is true (or always), its bias."""
+    rows = [Row(name=f"{_LAYER}{name}.weight", axes=axes, kind=kind, split=split)]
+    if bias:
+        # A row-parallel bias is added once, after the sum over ranks.
+        cut: Split = "column" if split == "column" else "none"
+        when = bias if isinstance(bias, str) else None
+        rows.append(Row(name=f"{_LAYER}{name}.bias", axes=axes[:1], kind="bias", split=cut, when=when))
+    return tuple(rows)
+
+
+def _norms(*names: str, axis: str = "hidden") -> tuple[Row, ...]:
+    return tuple(Row(name=f"{_LAYER}{name}.weight", axes=(axis,), kind="norm", split="none") for name in names)
+
+
+def _attention(*, qkv_bias: str | bool = False, o_bias: str | bool = False) -> tuple[Row, ...]:
+    return (
+        *_linear("self_attn.q_proj", ("q", "hidden"), "column", bias=qkv_bias),
+        *_linear("self_attn.k_proj", ("kv", "hidden"), "column", bias=qkv_bias),
+        *_linear("self_attn.v_proj", ("kv", "hidden"), "column", bias=qkv_bias),
+        *_linear("self_attn.o_proj", ("hidden", "q"), "row", bias=o_bias),
+    )
+
+
+def _mlp(bias: str | bool = False) -> tuple[Row, ...]:
+    return (
+        *_linear("mlp.gate_proj", ("ffn", "hidden"), "column", bias=bias),
+        *_linear("mlp.up_proj", ("ffn", "hidden"), "column", bias=bias),
+        *_linear("mlp.down_proj", ("hidden", "ffn"), "row", bias=bias),
+    )
+
+
+def _model(*layer: Row) -> tuple[Row, ...]:
+    return (
         Row(name="model.embed_tokens.weight", axes=("vocab", "hidden"), kind="embedding", split="vocab"),
-        Row(name=_LAYER + "self_attn.q_proj.weight", axes=("q", "hidden"), kind="matrix", split="column"),
-        Row(name=_LAYER + "self_attn.k_proj.weight", axes=("kv", "hidden"), kind="matrix", split="column"),
-        Row(name=_LAYER + "self_attn.v_proj.weight", axes=("kv", "hidden"), kind="matrix", split="column"),
-        Row(name=_LAYER + "self_attn.o_proj.weight", axes=("hidden", "q"), kind="matrix", split="row"),
-        Row(name=_LAYER + "mlp.gate_proj.weight", axes=("ffn", "hidden"), kind="matrix", split="column"),
-        Row(name=_LAYER + "mlp.up_proj.weight", axes=("ffn", "hidden"), kind="matrix", split="column"),
-        Row(name=_LAYER + "mlp.down_proj.weight", axes=("hidden", "ffn"), kind="matrix", split="row"),
-        Row(name=_LAYER + "input_layernorm.weight", axes=("hidden",), kind="norm", split="none"),
-        Row(name=_LAYER + "post_attention_layernorm.weight", axes=("hidden",), kind="norm", split="none"),
+        *layer,
         Row(name="model.norm.weight", axes=("hidden",), kind="final_norm", split="none"),
         Row(name="lm_head.weight", axes=("vocab", "hidden"), kind="head", split="vocab"),
-    ),
-    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    )
+
+
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+_TWO_NORMS = _norms("input_layernorm", "post_attention_layernorm")
+_OPTIONAL_BIAS = _attention(qkv_bias="attention_bias", o_bias="attention_bias")
+_HEAD_NORMS = _norms("self_attn.q_norm", "self_attn.k_norm", axis="head_dim")
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama",),
+    rows=_model(*_OPTIONAL_BIAS, *_mlp("mlp_bias"), *_TWO_NORMS),
+    tied=_TIED,
+)
+MISTRAL = Family(name="mistral", model_types=("mistral",), rows=_model(*_attention(), *_mlp(), *_TWO_NORMS), tied=_TIED)
+QWEN2 = Family(
+    name="qwen2",
+    model_types=("qwen2",),
+    rows=_model(*_attention(qkv_bias=True), *_mlp(), *_TWO_NORMS),
+    tied=_TIED,
+)
+QWEN3 = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    rows=_model(*_OPTIONAL_BIAS, *_HEAD_NORMS, *_mlp(), *_TWO_NORMS),
+    tied=_TIED,
+    head_dim=128,
+)
+GRANITE = Family(
+    name="granite",
+    model_types=("granite",),
+    rows=_model(*_OPTIONAL_BIAS, *_mlp("mlp_bias"), *_TWO_NORMS),
+    tied=_TIED,
+    logits_divisor="logits_scaling",
 )
 
-FAMILIES: dict[str, Family] = {LLAMA.name: LLAMA}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family whose table describes a Hugging Face config.
 
     Raises:
-        InputError: no family knows the config's `model_type`, or the config has biases that its table lacks.
+        InputError: no family knows the config's `model_type`.
     """
     by_type = {kind: family for family in FAMILIES.values() for kind in family.model_types}
     model_type = config.get("model_type")
     if model_type not in by_type:
         raise InputError(one_of("model_type", model_type, by_type))
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise InputError(
-                f"config has {key}: true, which the {by_type[model_type].name} family's table does not hold"
-            )
     return by_type[model_type]

@@ -5,6 +5,7 @@ grown or merged model, or a model from scratch. No rank ever holds a whole model
 """
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from checkpoint.source import Source
+from checkpoint.source import FACTORS, Group, Source
 from checkpoint.zero3 import SubGroup, Topology
 from parallel.errors import InputError
 from parallel.families import family_of
@@ -26,6 +27,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 PERSISTENT = 10**6
 """Tensors of up to so many elements stay whole on every rank; fetching them anew for each layer costs more."""
+
+
+DYNAMICS: dict[str, tuple[str, ...]] = {
+    "preserve": FACTORS,
+    "mup": ("lr_factor", "weight_decay_factor", "eps_factor"),
+    "free": (),
+}
+"""By name: the factors of a grown model's groups that training applies. preserve: all, so that a symmetrically grown
+model trains as the small one did; mup: those of the optimizer (muP's width rules, arXiv 2203.03466), clipping as usual;
+free: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,8 @@ class EngineConfig:
     clip: float
     precision: str
     """float32 or bfloat16 (compute and stored weights; the master copy is float32)."""
+    dynamics: str = "free"
+    """Which of the factors that growth gave the source's groups are applied, a key of DYNAMICS."""
 
 
 def _import_deepspeed() -> Any:
@@ -72,15 +85,33 @@ def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def parameter_groups(model: torch.nn.Module, config: Mapping[str, Any], weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups by name: matrices and embeddings are decayed, norms and biases are not."""
-    table = family_of(config).tensors(config)
-    groups: dict[str, list[torch.nn.Parameter]] = {"decay": [], "no_decay": []}
+def parameter_groups(
+    model: torch.nn.Module, source: Source, *, weight_decay: float, eps: float, dynamics: str = "free"
+) -> list[dict[str, Any]]:
+    """Return AdamW's groups by name: matrices and embeddings are decayed, norms and biases are not.
+
+    Each is divided further by the factors of the source's groups that `dynamics` applies; they stay in the group, so
+    that a checkpoint keeps them.
+    """
+    table = family_of(source.config).tensors(source.config)
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         vector = table[name].kind in ("norm", "final_norm", "bias")
-        groups["no_decay" if vector else "decay"].append(parameter)
-    decays = {"decay": weight_decay, "no_decay": 0.0}
-    return [{"name": name, "params": params, "weight_decay": decays[name]} for name, params in groups.items() if params]
+        grown = source.groups.get(source.infos[name].group, Group())
+        factors = {key: getattr(grown, key) if key in DYNAMICS[dynamics] else 1.0 for key in FACTORS}
+        mark = source.infos[name].group.partition("/")[2]
+        kind = "no_decay" if vector else "decay"
+        group = f"{kind}/{mark}" if any(factor != 1.0 for factor in factors.values()) else kind
+        decay = 0.0 if vector else weight_decay * factors["weight_decay_factor"]
+        values: dict[str, Any] = {
+            "name": group,
+            "params": [],
+            "weight_decay": decay,
+            "eps": eps * factors["eps_factor"],
+            **factors,
+        }
+        groups.setdefault(group, values)["params"].append(parameter)
+    return sorted(groups.values(), key=lambda group: group["name"])
 
 
 def build_model(config: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torch.nn.Module:
@@ -98,6 +129,21 @@ def build_model(config: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torc
             if "rotary" in name:
                 setattr(module, name, type(child)(config=hf_config))
     return model
+
+
+def _weigh_norms(optimizer: Any) -> None:
+    """Weigh each group's gradient norm in clipping by its `norm_weight`, as growth asks for."""
+    weights = [group["norm_weight"] for group in optimizer.param_groups]
+    mapping = optimizer.sub_group_to_group_id
+    factors = [math.sqrt(weights[mapping[index]]) for index in range(len(mapping))]
+    plain = optimizer._get_norm_groups
+
+    def weighed() -> list[torch.Tensor]:
+        # A norm of -1 stands for one that is not finite.
+        return [torch.where(norm < 0, norm, norm * factor) for norm, factor in zip(plain(), factors, strict=True)]
+
+    if any(factor != 1.0 for factor in factors):
+        optimizer._get_norm_groups = weighed
 
 
 def _gather_at_once(persistent: list[Any]) -> None:
@@ -128,10 +174,9 @@ class Engine:
         )
         model = build_model(source.config, ds_config)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, source.config, config.weight_decay),
+            parameter_groups(model, source, weight_decay=config.weight_decay, eps=config.eps, dynamics=config.dynamics),
             lr=config.lr,
             betas=config.betas,
-            eps=config.eps,
         )
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self._engine = engine
@@ -142,6 +187,7 @@ class Engine:
         engine.checkpoint_engine = self._shards
         engine._copy_recovery_script = lambda *_: None
         _gather_at_once(engine.optimizer.persistent_parameters)
+        _weigh_norms(engine.optimizer)
         self._load(source)
 
     @property
@@ -186,8 +232,9 @@ class Engine:
             loaded, _ = self._engine.load_checkpoint(temporary, tag=tag)
         assert loaded is not None, "DeepSpeed found no checkpoint where one was served"
         for group in self._engine.optimizer.param_groups:
-            group["betas"], group["eps"] = self.config.betas, self.config.eps
-            group["weight_decay"] = self.config.weight_decay if group["name"] == "decay" else 0.0
+            decayed = group["name"].partition("/")[0] == "decay"
+            group["betas"], group["eps"] = self.config.betas, self.config.eps * group["eps_factor"]
+            group["weight_decay"] = self.config.weight_decay * group["weight_decay_factor"] if decayed else 0.0
 
     def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]], lr: float, scored: int) -> float:
         """Take one optimizer step and return this rank's sum of token losses (nats).
@@ -198,7 +245,7 @@ class Engine:
             scored: tokens that count, over all ranks and passes; the loss is their mean.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self._engine.train()
         total = 0.0
         # DeepSpeed averages over ranks and passes; undone here, so that the loss is a mean over tokens at any topology.

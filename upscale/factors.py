@@ -4,6 +4,7 @@ Copies stand in tile order, [x; x; ..], so that growth stays local to tensor-par
 query heads that grow more than the key/value heads: their copies have to stay with the head that they attend to.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,7 +12,8 @@ from typing import Any, Literal, get_args
 from parallel.errors import InputError, one_of
 from parallel.families import Tensor, family_of
 
-Method = Literal["exact-split", "symmetric"]
+Method = Literal["exact-split", "symmetric", "diagonal"]
+State = Literal["reset", "scaled", "asymmetric"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +30,16 @@ class Recipe:
     ffn: int | None = None
     """Factor of the feed-forward width."""
     method: Method = "exact-split"
-    """How a weight is shared among the copies of its input: unequal parts that add up exactly, or equal parts."""
+    """How a weight is shared among the copies of its input: unequal parts that add up exactly, equal parts, or the
+    whole to one copy (HyperCloning's diagonal)."""
+    noise_db: float | None = None
+    """Gaussian noise on matrices that cancels in the sum, so many dB below the weights (HyperCloning: 10); with
+    symmetric and diagonal alone."""
+    state: State = "reset"
+    """What becomes of Adam's moments: none (a fresh optimizer); scaled as the gradients are; or scaled in the first
+    copy and zero in the others (SPARKLING, arXiv 2602.02472)."""
     seed: int = 0
-    """Decides the unequal parts."""
+    """Decides the unequal parts and the noise."""
 
     def factors(self) -> dict[str, int]:
         """Return the factor of each part.
@@ -38,8 +47,17 @@ class Recipe:
         Raises:
             InputError: a factor is not a whole number from 1 on, or the method is unknown.
         """
-        if self.method not in get_args(Method):
-            raise InputError(one_of("growth method", self.method, get_args(Method)))
+        for what, value, allowed in (
+            ("growth method", self.method, get_args(Method)),
+            ("treatment of the optimizer's state", self.state, get_args(State)),
+        ):
+            if value not in allowed:
+                raise InputError(one_of(what, value, allowed))
+        if self.noise_db is not None and (self.method == "exact-split" or not math.isfinite(self.noise_db)):
+            raise InputError(
+                f"noise of {self.noise_db} dB with method {self.method}: allowed is a finite number, with symmetric or "
+                "diagonal; an exact split is unequal by itself"
+            )
         given = {"hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads, "ffn": self.ffn}
         found = {part: self.width if factor is None else factor for part, factor in given.items()}
         for part, factor in found.items():
@@ -120,8 +138,12 @@ def grown_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the Hugging Face config of the grown model; `head_dim` is kept and becomes explicit."""
     factors = recipe.factors()
     heads = config["num_attention_heads"]
+    divisor = family_of(config).logits_divisor
+    # All copies add up in the logits: where the model divides them, it divides by as much more.
+    logits = {divisor: config.get(divisor, 1.0) * factors["hidden"]} if divisor else {}
     return {
         **config,
+        **logits,
         "hidden_size": config["hidden_size"] * factors["hidden"],
         "num_attention_heads": heads * factors["heads"],
         "num_key_value_heads": (config.get("num_key_value_heads") or heads) * factors["kv_heads"],
@@ -130,12 +152,17 @@ def grown_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def divided_dim(tensor: Tensor, tied: bool) -> int | None:
+def divided_dim(tensor: Tensor, config: Mapping[str, Any]) -> int | None:
     """Return the dim whose copies share each value, since the model sums over them; None if all is copied as it is.
 
-    That is a matrix's input. With tied embeddings the head cannot be divided: the final norm is, as nothing else
-    reads it.
+    That is a matrix's input, and the head's, unless the model divides its logits itself. With tied embeddings the head
+    cannot be divided: the final norm is, as nothing else reads it.
     """
-    if tensor.kind in ("matrix", "head"):
+    family = family_of(config)
+    if tensor.kind == "matrix":
         return 1
-    return 0 if tensor.kind == "final_norm" and tied else None
+    if family.logits_divisor:
+        return None
+    if tensor.kind == "head":
+        return 1
+    return 0 if tensor.kind == "final_norm" and family.is_tied(config) else None

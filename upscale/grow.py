@@ -3,6 +3,7 @@
 Every copy of a feature carries the same value, so each layer computes what it did, and logits do not change.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,8 +30,19 @@ from checkpoint.source import (
 from parallel.errors import InputError, one_of
 from parallel.families import Family, Tensor
 from upscale.factors import AxisGrowth, Recipe, Run, axis_growths, divided_dim, grown_config
-from upscale.split import exact_split, exact_split_master, symmetric, uniform_at
+from upscale.split import (
+    cancelling_noise,
+    diagonal,
+    exact_split,
+    exact_split_master,
+    normal_at,
+    symmetric,
+    uniform_at,
+)
+from upscale.state import Rule, rule_of
 
+RECORDED = ("method", "noise_db", "state", "seed")
+"""What provenance keeps of a recipe beside its factors."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Values = dict[Slot, torch.Tensor]
@@ -38,7 +50,7 @@ Shares = dict[Slot, list[torch.Tensor]]
 
 
 def grow(source: Source, recipe: Recipe) -> "GrownSource":
-    """Return the grown model as a source: weights and masters, at step 0. Nothing is read yet.
+    """Return the grown model as a source; nothing is read yet. It is at step 0 unless the recipe keeps Adam's state.
 
     Raises:
         InputError: the recipe's factors do not fit the model, or its weights have a dtype that cannot be split.
@@ -67,7 +79,12 @@ class GrownSource:
 
     @cached_property
     def _small(self) -> Mapping[str, Info]:
-        return WithoutState(self.source).infos
+        return self._start.infos
+
+    @cached_property
+    def _start(self) -> Source:
+        """What is grown of the small source."""
+        return WithoutState(self.source) if self.recipe.state == "reset" else self.source
 
     @cached_property
     def _tensors(self) -> Mapping[str, Tensor]:
@@ -81,41 +98,79 @@ class GrownSource:
         """Return what becomes of each dim of a tensor."""
         return tuple(self._axes[axis] for axis in self._tensors[name].axes)
 
+    def rule(self, name: str) -> Rule:
+        """Return what growth does to a tensor's gradient."""
+        return rule_of(self._tensors[name], self._axes, self.source.config)
+
     @cached_property
     def infos(self) -> Mapping[str, Info]:
         shapes = {name: tensor.shape for name, tensor in self.family.tensors(self.config).items()}
-        return {name: replace(info, shape=shapes[name]) for name, info in self._small.items()}
+        return {
+            name: replace(info, shape=shapes[name], group=self._group(name)[0]) for name, info in self._small.items()
+        }
 
-    @property
+    def _group(self, name: str) -> tuple[str, Group]:
+        group = self._small[name].group
+        values = self._start.groups.get(group, Group())
+        return (group, values) if self.recipe.state == "reset" else self.rule(name).group(group, values)
+
+    @cached_property
     def groups(self) -> Mapping[str, Group]:
-        return WithoutState(self.source).groups
+        """The small model's groups, each divided by what its tensors need to go on as they did; in the same order."""
+        found: dict[str, dict[str, Group]] = {name: {} for name in self._start.groups}
+        for name, info in self._small.items():
+            if info.tied_to is None:
+                grown, values = self._group(name)
+                found.setdefault(info.group, {})[grown] = values
+        return {grown: values for parts in found.values() for grown, values in parts.items()}
 
     @property
     def run(self) -> RunState:
-        recipe = {**self.recipe.factors(), "method": self.recipe.method, "seed": self.recipe.seed}
+        recipe = {**self.recipe.factors(), **{key: getattr(self.recipe, key) for key in RECORDED}}
         parents = descend([self.source.run.provenance])
-        return replace(self.source.run, provenance={"verb": "grow", "recipe": recipe, **parents})
+        provenance = {"verb": "grow", "recipe": recipe, **parents}
+        return replace(self._start.run, tokens=self.source.run.tokens, provenance=provenance)
 
     def tiles(self, name: str) -> Sequence[Box]:
         return row_major_tiles(self.infos[name].shape)
 
     def collect(self, name: str, spread: Map) -> Any:
-        return self.source.collect(name, spread)
+        """Return what the small source needs to know first, and how large a tensor that gets noise is."""
+        stats = self.source.collect(name, spread)
+        if self.recipe.noise_db is None or self._tensors[name].kind != "matrix":
+            return stats, 0.0
+
+        def square(box: Box) -> float:
+            values = torch.empty(box_shape(box))
+            self.source.read(name, box, {"weight": values}, stats)
+            return float(values.double().square().sum())
+
+        shape = self._small[name].shape
+        power = math.fsum(spread(square, self.source.tiles(name))) / math.prod(shape)
+        return stats, math.sqrt(power / 10 ** (self.recipe.noise_db / 10)) / self.rule(name).r_in
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
-        divided = divided_dim(self._tensors[name], bool(self.config.get("tie_word_embeddings")))
+        inner, noise = stats if stats is not None else (None, 0.0)
+        divided = divided_dim(self._tensors[name], self.source.config)
         dims = [_by_source(growth, part) for growth, part in zip(self.growths(name), box, strict=True)]
         for piece in product(*(dim.items() for dim in dims)):
             place = tuple(slice(*source) for source, _ in piece)
-            small = self._read_small(name, place, out, stats)
+            small = self._read_small(name, place, out, inner)
             shares: dict[tuple[int, ...], Shares] = {}
             for runs in product(*(runs for _, runs in piece)):
                 tiled = tuple(run.copy for dim, run in enumerate(runs) if dim != divided)
                 if tiled not in shares:
-                    shares[tiled] = self._share(name, place, small, divided, tiled)
+                    shares[tiled] = self._share(name, place, small, divided, tiled, noise)
                 share = 0 if divided is None else runs[divided].copy
+                first = not any(run.copy for run in runs)
                 for slot, target in out.items():
-                    target[tuple(run.target for run in runs)].copy_(shares[tiled][slot][share])
+                    part = target[tuple(run.target for run in runs)]
+                    if slot not in ("exp_avg", "exp_avg_sq"):
+                        part.copy_(shares[tiled][slot][share])
+                    elif first or self.recipe.state == "scaled":
+                        part.copy_(small[slot]).div_(self.rule(name).divisor(slot))
+                    else:
+                        part.zero_()
 
     def _read_small(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any) -> Values:
         """Read a box of the small tensor: the slots asked for, and the weight that a master is split with.
@@ -133,24 +188,38 @@ class GrownSource:
         self.source.read(name, box, values, stats)
         return values
 
-    def _share(self, name: str, box: Box, small: Values, divided: int | None, tiled: tuple[int, ...]) -> Shares:
-        """Divide a box of the small tensor among the copies of one dim, for one copy of the others."""
+    def _share(
+        self, name: str, box: Box, small: Values, divided: int | None, tiled: tuple[int, ...], noise: float
+    ) -> Shares:
+        """Divide a box of the small weight and master among the copies of one dim, for one copy of the others."""
+        whole: Values = {slot: small[slot] for slot in SLOTS[:2] if slot in small}
         if divided is None:
-            return {slot: [values] for slot, values in small.items()}
+            return {slot: [values] for slot, values in whole.items()}
         copies = self.growths(name)[divided].copies
-        if self.recipe.method == "symmetric":
-            return {slot: symmetric(values, copies) for slot, values in small.items()}
         shape = self._small[name].shape
         index = np.ravel_multi_index(tuple(np.ogrid[box]), shape)
-
         # The shape tells a second growth's numbers from those of the first.
-        def uniform(level: int) -> torch.Tensor:
-            return uniform_at(f"{self.recipe.seed}/{name}/{shape}/{tiled}/{level}", index)
+        key = f"{self.recipe.seed}/{name}/{shape}/{tiled}"
+        if self.recipe.method != "exact-split":
+            output = tiled[0] if tiled else 0
+            # Where the outputs have no copies of their own, a whole value for one input leaves the others unused.
+            alone = self.recipe.method == "diagonal" and self.rule(name).r_out > 1
+            parts = {
+                slot: diagonal(values, copies, output) if alone else symmetric(values, copies)
+                for slot, values in whole.items()
+            }
+            if noise:
+                added = cancelling_noise(noise, copies, lambda pair: normal_at(f"{key}/{pair}", index))
+                parts = {slot: [a + b for a, b in zip(shares, added, strict=True)] for slot, shares in parts.items()}
+            return parts
 
-        parts: Shares = {"weight": exact_split(small["weight"], copies, uniform)}
-        if "master" in small:
-            parts["master"] = exact_split_master(parts["weight"], small["weight"], small["master"])
-        return parts
+        def uniform(level: int) -> torch.Tensor:
+            return uniform_at(f"{key}/{level}", index)
+
+        found: Shares = {"weight": exact_split(whole["weight"], copies, uniform)} if "weight" in whole else {}
+        if "master" in whole:
+            found["master"] = exact_split_master(found["weight"], whole["weight"], whole["master"])
+        return found
 
 
 def _by_source(growth: AxisGrowth, part: slice) -> dict[tuple[int, int], list[Run]]:

@@ -5,6 +5,7 @@ add up to W (HyperCloning, arXiv 2409.12903, section 3).
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +24,29 @@ def symmetric(block: torch.Tensor, copies: int) -> list[torch.Tensor]:
     Copies made so stay equal for ever (muPscaling, arXiv 2602.10545): training cannot tell them apart.
     """
     return [block.float() / copies] * copies
+
+
+def diagonal(block: torch.Tensor, copies: int, output: int) -> list[torch.Tensor]:
+    """Return the whole value to one of the copies, in turn by the copy of the output, and 0 to the others, in float32.
+
+    HyperCloning's diagonal variant: with as many copies of outputs as of inputs, independent models side by side.
+    """
+    whole, nothing = block.float(), torch.zeros(block.shape)
+    return [whole if copy == output % copies else nothing for copy in range(copies)]
+
+
+def cancelling_noise(std: float, copies: int, normal: Uniform) -> list[torch.Tensor]:
+    """Return noise for each copy that adds up to zero: pairs of copies get +N and -N, an odd last one none.
+
+    Apple's HyperCloning does the same. It is exact in exact arithmetic; in the model's dtype it is rounded.
+
+    Args:
+        std: standard deviation.
+        normal: from a pair's number to standard normal numbers in the block's shape.
+    """
+    noise = [normal(pair) * std for pair in range(copies // 2)]
+    found = [part for one in noise for part in (one, -one)]
+    return found + [torch.zeros(())] * (copies % 2)
 
 
 def exact_split(block: torch.Tensor, copies: int, uniform: Uniform) -> list[torch.Tensor]:
@@ -83,6 +107,12 @@ def exact_split_master(parts: list[torch.Tensor], weight: torch.Tensor, master: 
         rest = rest - (moved - start)
         found.append(moved)
     return found
+
+
+def normal_at(key: str, index: np.ndarray) -> torch.Tensor:
+    """Return standard normal numbers of a stream at the given places (Box and Muller, 1958), as `uniform_at` does."""
+    radius = torch.log1p(-uniform_at(f"{key}/radius", index)).mul_(-2).sqrt_()
+    return radius * torch.cos(uniform_at(f"{key}/angle", index) * (2 * math.pi))
 
 
 def uniform_at(key: str, index: np.ndarray) -> torch.Tensor:

@@ -118,7 +118,11 @@ def plain_deepspeed(ranks, folder, tag, first, last):
     )
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     model = build_model(config, deepspeed_config(how))
-    optimizer = torch.optim.AdamW(parameter_groups(model, config, 0.1), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, ScratchSource(config=config, seed=0), weight_decay=0.1, eps=1e-8),
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(how))
     loaded, client = engine.load_checkpoint(folder, tag=tag)
     assert loaded is not None

@@ -46,6 +46,68 @@ class Mastered(MemorySource):
             target.copy_(value.bfloat16() if slot == "weight" else value)
 
 
+FAMILIES = {
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "granite": {
+        "model_type": "granite",
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+    },
+}
+VARIANTS = {
+    "exact-split": Recipe(width=3),
+    "symmetric": Recipe(width=3, method="symmetric"),
+    "diagonal": Recipe(width=2, ffn=3, method="diagonal"),
+    "noisy-symmetric": Recipe(width=3, method="symmetric", noise_db=10),
+    "noisy-diagonal": Recipe(width=2, method="diagonal", noise_db=10),
+    "queries-alone": Recipe(hidden=2, heads=4, kv_heads=1, ffn=1),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_every_variant_keeps_every_family(family: str, variant: str, tied: bool) -> None:
+    small = random_source(tied, **FAMILIES.get(family, {}))
+    found = compare(loaded(small), loaded(grow(small, VARIANTS[variant])), [IDS])
+    assert found.relative <= 1e-5
+    assert found.argmax_agreement == 1
+
+
+def test_diagonal_blocks_are_the_matrix_or_nothing() -> None:
+    small = random_source()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    blocks = read_tensor(grow(small, Recipe(width=3, method="diagonal")), name).view(3, 24, 3, 24)
+    for out in range(3):
+        for into in range(3):
+            wanted = small.tensors[name] if out == into else torch.zeros(24, 24)
+            assert torch.equal(blocks[out, :, into], wanted)
+
+
+def test_noise_has_the_power_asked_for_and_cancels() -> None:
+    small = random_source()
+    name = "model.layers.0.mlp.up_proj.weight"
+    grown = grow(small, Recipe(width=3, method="symmetric", noise_db=10))
+    noise = read_tensor(grown, name).double().view(3, 20, 3, 24) - small.tensors[name].double()[:, None] / 3
+    assert noise.sum(2).abs().max() < 1e-6
+    assert noise[:, :, 2].abs().max() < 1e-7  # an odd last copy has none
+    signal = (small.tensors[name].double() / 3).square().mean()
+    assert 10 * torch.log10(signal / noise[:, :, :2].square().mean()) == pytest.approx(10, abs=0.6)
+    assert torch.corrcoef(torch.stack([noise[0, :, 0].flatten(), noise[1, :, 0].flatten()]))[0, 1].abs() < 0.2
+    head = read_tensor(grown, "model.embed_tokens.weight")
+    assert torch.equal(head, small.tensors["model.embed_tokens.weight"].repeat(1, 3))
+
+
+def test_noise_on_an_exact_split_is_refused() -> None:
+    with pytest.raises(InputError, match="noise of 10 dB with method exact-split: allowed is a finite number"):
+        grow(random_source(), Recipe(width=2, noise_db=10))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", RECIPES)
@@ -118,7 +180,7 @@ def test_output_in_a_narrower_dtype_adds_up_too() -> None:
     assert torch.equal(found.sum(2), small.tensors[name].bfloat16().double().expand(3, 24, 24))
 
 
-@pytest.mark.parametrize("recipe", [Recipe(width=3), Recipe(width=2, heads=4), Recipe(width=2, method="symmetric")])
+@pytest.mark.parametrize("recipe", [*VARIANTS.values(), Recipe(width=2, heads=4)])
 def test_boxes_do_not_matter(recipe: Recipe) -> None:
     grown = grow(random_source(), recipe)
     for name in ("model.layers.0.self_attn.o_proj.weight", "model.norm.weight", "model.embed_tokens.weight"):
@@ -228,7 +290,16 @@ def test_what_a_grown_source_says_of_itself() -> None:
     assert grown.run.tokens == 5
     assert grown.run.provenance == {
         "verb": "grow",
-        "recipe": {"hidden": 2, "heads": 2, "kv_heads": 2, "ffn": 2, "method": "exact-split", "seed": 4},
+        "recipe": {
+            "hidden": 2,
+            "heads": 2,
+            "kv_heads": 2,
+            "ffn": 2,
+            "method": "exact-split",
+            "noise_db": None,
+            "state": "reset",
+            "seed": 4,
+        },
         "parents": [{"name": "seed", "hash": "b"}],
         "ancestors": ["a", "b"],
     }

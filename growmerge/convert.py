@@ -1,0 +1,144 @@
+"""`growmerge grow`, `convert` and `verify`: one line of the core each, from any format to any other."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import manifest
+from checkpoint.files import read_json
+from checkpoint.layout import Layout
+from checkpoint.open import open_checkpoint
+from checkpoint.provenance import descend
+from checkpoint.safetensors import SafetensorsLayout
+from checkpoint.source import Source, WithoutState
+from checkpoint.writer import PROGRESS, write_checkpoint
+from checkpoint.zero3_layout import Zero3Layout
+from growmerge import __version__
+from parallel.errors import InputError, one_of
+from upscale.factors import Recipe
+from upscale.grow import grow
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+"""Files of a Hugging Face folder that go with its weights as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a checkpoint goes and in what form."""
+
+    folder: Path
+    format: str
+    dtype: str | None = None
+    """safetensors: a key of DTYPES; the source's own by default. zero3: bfloat16 or float32 is the run's precision."""
+    shard_gb: float = 5.0
+    ranks: int = 1
+    """zero3: data-parallel ranks of the run that will load it."""
+    workers: int | None = None
+    """Threads; the machine's cores by default."""
+
+
+def _safetensors(source: Source, target: Target) -> Layout:
+    return SafetensorsLayout(
+        dtype=DTYPES[target.dtype] if target.dtype else None, shard_size=round(target.shard_gb * 1e9)
+    )
+
+
+def _zero3(source: Source, target: Target) -> Layout:
+    first = next(info for info in source.infos.values() if info.tied_to is None)
+    stored = DTYPES[target.dtype] if target.dtype else first.slots["weight"]
+    if stored == torch.float16:
+        raise InputError("a ZeRO-3 run in float16 is not written; choose --dtype bfloat16 or float32")
+    return Zero3Layout(ranks=target.ranks, bf16=stored == torch.bfloat16)
+
+
+LAYOUTS: Mapping[str, Callable[[Source, Target], Layout]] = {"safetensors": _safetensors, "zero3": _zero3}
+"""The formats that are written."""
+
+
+def grow_checkpoint(source: Path, target: Target, recipe: Recipe) -> str:
+    """Grow a checkpoint of any format into a folder; return what is said of it.
+
+    Raises:
+        InputError: the recipe does not fit, the source is damaged, the target is taken or cannot be written.
+    """
+    small = open_checkpoint(source)
+    if recipe.state != "reset" and not any("exp_avg" in info.slots for info in small.infos.values()):
+        raise InputError(f"{source}: has no optimizer state to grow; leave out --with-optimizer")
+    if recipe.state != "reset" and target.format == "safetensors":
+        raise InputError("safetensors holds no optimizer state: with --with-optimizer choose --format zero3")
+    return _write(source, grow(small, recipe), target, {"verb": "grow", "recipe": _plain(recipe)})
+
+
+def convert_checkpoint(source: Path, target: Target) -> str:
+    """Write a checkpoint in another format; return what is said of it.
+
+    Raises:
+        InputError: as `grow_checkpoint`.
+    """
+    opened = open_checkpoint(source)
+    kept = WithoutState(opened) if target.format == "safetensors" else opened
+    return _write(source, kept, target, {"verb": "convert", "recipe": {}})
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.factors(), "method": recipe.method, "noise_db": recipe.noise_db} | {
+        "state": recipe.state,
+        "seed": recipe.seed,
+    }
+
+
+def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) -> str:
+    if target.format not in LAYOUTS:
+        raise InputError(one_of("format", target.format, LAYOUTS))
+    folder = target.folder
+    if folder.resolve() == path.resolve():
+        raise InputError(f"{folder}: is the source itself; choose another folder")
+    record = _record(path)
+    about = {
+        "format": 1,
+        "name": folder.name,
+        **made,
+        **descend([{**record, "name": record.get("name", path.name)}]),
+        "tokens": source.run.tokens,
+        "inputs": [_fingerprint(path)],
+        "versions": {"growmerge": __version__, "torch": torch.__version__},
+    }
+    if manifest.is_complete(folder):
+        known = _record(folder)
+        if any(known.get(key) != about[key] for key in ("verb", "recipe", "inputs")):
+            made = known.get("verb", "unknown")
+            raise InputError(f"{folder}: holds another checkpoint (made by {made}); choose another folder")
+        manifest.check(folder)
+        return f"nothing to do: {folder} is there and whole"
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PROGRESS).is_file():
+        raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
+    companions = {name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()}
+    workers = target.workers or os.cpu_count() or 1
+    layout = LAYOUTS[target.format](source, target)
+    write_checkpoint(source, folder, layout, workers=workers, about=about, extra_files=companions)
+    size = sum(entry["size"] for entry in manifest.read_manifest(folder)["files"].values())
+    return f"{folder}: {target.format}, {size:,} bytes"
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return what tells a source folder from another: its manifest's digest, or its files' names, sizes and times."""
+    if manifest.is_complete(folder):
+        return manifest.digest(manifest.read_manifest(folder))
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    text = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / "growmerge.json"
+    return dict(read_json(path)) if path.is_file() else {}
