@@ -66,7 +66,8 @@ def test_config_without_kv_heads_has_as_many_as_heads() -> None:
         (Recipe(ffn=1.5), "growth factor of ffn is 1.5: allowed are whole numbers from 1 on"),  # type: ignore[arg-type]
         (
             Recipe(width=2, method="exactsplit"),  # type: ignore[arg-type]
-            "unknown growth method 'exactsplit': allowed are exact-split, symmetric, diagonal; did you mean 'exact-split'?",
+            "unknown growth method 'exactsplit': allowed are exact-split, symmetric, diagonal; "
+            "did you mean 'exact-split'?",
         ),
         (
             Recipe(heads=3, kv_heads=2),
