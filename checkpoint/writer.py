@@ -47,12 +47,13 @@ def write_checkpoint(
     Raises:
         InputError: a full disk, a place that cannot be written, or a source that cannot be read.
     """
-    (folder / NAME).unlink(missing_ok=True)
+    plans = layout.files(source)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    plans = layout.files(source)
+    (folder / NAME).unlink(missing_ok=True)
     key = hashlib.sha256(json.dumps([about, repr(layout)], sort_keys=True).encode()).hexdigest()
     hashes = _written(folder, key) if about is not None else {}
+    _record(folder, key, hashes)
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for plan in plans:
             path = inside(folder, plan.name)
@@ -66,10 +67,13 @@ def write_checkpoint(
                     for tensor, group in groupby(fragments, key=lambda fragment: fragment.tensor):
                         _write_tensor(source, tensor, list(group), handle, pool, workers)
                     os.fsync(handle)
+                except BaseException:
+                    path.unlink()  # half-written; on a full disk its room is wanted
+                    raise
                 finally:
                     os.close(handle)
             hashes[plan.name] = block_hashes(path)
-            write_json(folder / PROGRESS, {"key": key, "files": {**hashes}, "sizes": _sizes(folder, hashes)})
+            _record(folder, key, hashes)
             point(f"write/{plan.name}")
     hashes = {plan.name: hashes[plan.name] for plan in plans}
     content = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
@@ -84,6 +88,10 @@ def write_checkpoint(
     write_manifest(folder, known=hashes)
     (folder / PROGRESS).unlink(missing_ok=True)
     return content
+
+
+def _record(folder: Path, key: str, hashes: Mapping[str, list[str]]) -> None:
+    write_json(folder / PROGRESS, {"key": key, "files": dict(hashes), "sizes": _sizes(folder, hashes)})
 
 
 def _written(folder: Path, key: str) -> dict[str, list[str]]:

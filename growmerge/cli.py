@@ -1,7 +1,9 @@
 """The command line. Verbs import what they need when they run: `--help` and a finished run answer at once."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -99,6 +101,80 @@ def inspect(checkpoint: Path, check: bool) -> None:
     from growmerge.inspect import print_checkpoint
 
     print_checkpoint(checkpoint, check=check)
+
+
+def _targets(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what `grow` and `convert` know of their output."""
+    options = [
+        click.argument("source", type=click.Path(path_type=Path)),
+        click.argument("target", type=click.Path(path_type=Path)),
+        click.option(
+            "--format", "kind", default="safetensors", show_default=True, help="safetensors, zero3 or universal."
+        ),
+        click.option("--dtype", help="float32, bfloat16 or float16; the source's own by default."),
+        click.option(
+            "--shard-gb", type=float, default=5.0, show_default=True, help="safetensors: size of a shard (GB)."
+        ),
+        click.option(
+            "--dp", type=int, default=1, show_default=True, help="zero3: data-parallel ranks that will load it."
+        ),
+        click.option("--workers", type=int, help="Threads; the machine's cores by default."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_targets
+@click.option("--width", type=int, default=1, help="Factor of all that is not named below.")
+@click.option("--hidden", type=int, help="Factor of the hidden size.")
+@click.option("--heads", type=int, help="Factor of the query heads.")
+@click.option("--kv-heads", type=int, help="Factor of the key/value heads.")
+@click.option("--ffn", type=int, help="Factor of the feed-forward width.")
+@click.option("--method", default="exact-split", show_default=True, help="exact-split, symmetric or diagonal.")
+@click.option("--noise-db", type=float, help="Noise so many dB below the weights, with symmetric or diagonal.")
+@click.option(
+    "--with-optimizer",
+    "state",
+    is_flag=False,
+    flag_value="scaled",
+    default="reset",
+    help="Grow Adam's moments and steps, too: scaled (default), or asymmetric: zero in all copies but the first.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides unequal shares and noise.")
+def grow(
+    source: Path, target: Path, kind: str, dtype: str, shard_gb: float, dp: int, workers: int, **recipe: Any
+) -> None:
+    """Grow the checkpoint SOURCE into the folder TARGET without changing its function, in bounded memory."""
+    from growmerge.convert import Target, grow_checkpoint
+    from upscale.factors import Recipe
+
+    where = Target(folder=target, format=kind, dtype=dtype, shard_gb=shard_gb, ranks=dp, workers=workers)
+    click.echo(grow_checkpoint(source, where, Recipe(**recipe)))
+
+
+@main.command()
+@_targets
+def convert(source: Path, target: Path, kind: str, dtype: str, shard_gb: float, dp: int, workers: int) -> None:
+    """Write the checkpoint SOURCE into the folder TARGET in another format, in bounded memory."""
+    from growmerge.convert import Target, convert_checkpoint
+
+    where = Target(folder=target, format=kind, dtype=dtype, shard_gb=shard_gb, ranks=dp, workers=workers)
+    click.echo(convert_checkpoint(source, where))
+
+
+@main.command()
+@click.argument("small", type=click.Path(path_type=Path))
+@click.argument("grown", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score; a short English one by default.")
+@click.option("--tokens", type=int, default=1024, show_default=True, help="Tokens of it at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(small: Path, grown: Path, text: Path | None, tokens: int, as_json: bool) -> None:
+    """Compare GROWN with SMALL on text: logits, KL, argmax, clone symmetry, gradients. Exit 1 if not preserved."""
+    from growmerge.verify import print_verification
+
+    sys.exit(print_verification(small, grown, text=text, tokens=tokens, as_json=as_json))
 
 
 if __name__ == "__main__":

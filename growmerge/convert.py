@@ -98,8 +98,9 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) -> str:
-    if target.format not in LAYOUTS:
-        raise InputError(one_of("format", target.format, LAYOUTS))
+    for what, value, allowed in (("format", target.format, LAYOUTS), ("dtype", target.dtype or "float32", DTYPES)):
+        if value not in allowed:
+            raise InputError(one_of(what, value, allowed))
     folder = target.folder
     if folder.resolve() == path.resolve():
         raise InputError(f"{folder}: is the source itself; choose another folder")

@@ -1,7 +1,7 @@
 """Is the function preserved, and do the copies differ? The two questions that every grown model has to answer."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from upscale.factors import AxisGrowth
+from upscale.state import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,53 @@ def compare(small: PreTrainedModel, grown: PreTrainedModel, batches: Iterable[to
 def _summed_loss(log_probabilities: torch.Tensor, follow: torch.Tensor) -> float:
     losses = F.nll_loss(log_probabilities[:, :-1].flatten(0, 1), follow, reduction="none")
     return losses.double().sum().item()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientCheck:
+    """How far gradients are from the rule that optimizer state is grown by (`Rule`); the worst tensor counts."""
+
+    mean: float
+    """Largest difference of the mean over copies from the rule, as a share of the largest gradient: rounding alone
+    where the function is preserved, whatever the shares."""
+    single: float
+    """Root mean square of single copies' difference from the rule, as a share of the gradient's: 0 where all copies are
+    equal. Where it is not, moments that are grown by the rule are right on average."""
+
+
+def check_gradients(
+    small: PreTrainedModel,
+    grown: PreTrainedModel,
+    ids: torch.Tensor,
+    growths: Mapping[str, Sequence[AxisGrowth]],
+    rules: Mapping[str, Rule],
+) -> GradientCheck:
+    """Compare gradients of both models with the rule.
+
+    Args:
+        ids: token ids [B, T]; the loss is the mean cross-entropy of the next token.
+        growths, rules: by name, of every tensor that is no alias.
+    """
+    found = []
+    for model in (small, grown):
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    before, after = found
+    mean = single = 0.0
+    for name, gradient in before.items():
+        wanted = gradient.numpy() / rules[name].r_out
+        values = after[name].numpy()
+        places = [_places(growth) for growth in growths[name]]
+        copies = [values[np.ix_(*place)] for place in product(*places)]
+        largest, size = float(np.abs(wanted).max()), float(np.sqrt(np.square(wanted).mean()))
+        if largest == 0.0:
+            continue
+        mean = max(mean, float(np.abs(sum(copies) / len(copies) - wanted).max()) / largest)
+        spread = sum(float(np.square(copy - wanted).mean()) for copy in copies) / len(copies)
+        single = max(single, math.sqrt(spread) / size)
+    return GradientCheck(mean=mean, single=single)
 
 
 def clone_asymmetry(tensor: torch.Tensor, growths: Sequence[AxisGrowth]) -> float:

@@ -1,0 +1,161 @@
+"""grow, convert and verify on the command line: any format to any other, nothing half-done, exit codes."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from fnmatch import fnmatch
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from toy import command, growmerge
+from transformers import AutoModelForCausalLM
+
+from checkpoint.open import open_checkpoint
+from checkpoint.source import read_tensor
+from growmerge.cli import main
+from train.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def model(tiny_folder, tmp_path):
+    """A Hugging Face folder: a tiny model in bfloat16 with a tokenizer of its own."""
+    folder = tiny_folder("small", dtype=torch.bfloat16, vocab_size=300)
+    text = (tmp_path / "text.txt").absolute()
+    text.write_text("Growing keeps what a model knows, and a wider model can learn more. " * 40)
+    train_tokenizer([text.read_text()], vocab_size=300, folder=folder)
+    return folder
+
+
+def test_grown_and_verified(model, tmp_path):
+    grown = growmerge("grow", str(model), str(tmp_path / "big"), "--width", "3", "--seed", "5")
+    assert grown.returncode == 0, grown.stderr
+    assert grown.stdout.startswith(f"{tmp_path / 'big'}: safetensors, ")
+    big = AutoModelForCausalLM.from_pretrained(tmp_path / "big")
+    assert (big.config.hidden_size, big.config.num_attention_heads, big.dtype) == (96, 12, torch.bfloat16)
+    assert (tmp_path / "big" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+    shown = growmerge("verify", str(model), str(tmp_path / "big"), "--text", str(tmp_path / "text.txt"), "--json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["preserved"] is True
+    assert found["float32"]["relative"] < 1e-5
+    assert found["gradients"]["mean"] < 1e-4  # whatever the shares, their gradients add up
+    assert found["gradients"]["single"] > 0.05
+    assert 0.2 < found["asymmetry"] < 0.6
+    assert found["floor"]["max_logit_difference"] > found["float32"]["max_logit_difference"]
+
+    again = growmerge("grow", str(model), str(tmp_path / "big"), "--width", "3", "--seed", "5")
+    assert (again.returncode, again.stdout.split(":")[0]) == (0, "nothing to do")
+    other = growmerge("grow", str(model), str(tmp_path / "big"), "--width", "2")
+    assert other.returncode == 2
+    assert "holds another checkpoint (made by grow); choose another folder" in other.stderr
+
+    weights = load_file(tmp_path / "big" / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, tmp_path / "big" / "model.safetensors", metadata={"format": "pt"})
+    shown = growmerge("verify", str(model), str(tmp_path / "big"), COLUMNS="120")
+    assert shown.returncode == 1
+    assert "function: NOT preserved" in shown.stdout
+    assert "small, bfloat16 (noise floor)" in shown.stdout
+
+
+def test_what_is_not_promised_is_no_failure(model, tmp_path):
+    assert growmerge("grow", str(model), str(tmp_path / "s"), "--width", "3", "--method", "symmetric").returncode == 0
+    found = growmerge("verify", str(model), str(tmp_path / "s"), "--json")
+    assert found.returncode == 0
+    assert json.loads(found.stdout)["preserved"] is None
+    assert json.loads(found.stdout)["asymmetry"] == 0
+    # A model that was grown by another tool: its factors are seen from its shape.
+    (tmp_path / "s" / "growmerge.json").unlink()
+    assert json.loads(growmerge("verify", str(model), str(tmp_path / "s"), "--json").stdout)["asymmetry"] == 0
+
+
+def test_there_and_back_gives_the_same_bytes(model, tmp_path):
+    for source, target, *options in (
+        ("small", "z", "--format", "zero3", "--dp", "3"),
+        ("z", "back", "--shard-gb", "1e-5"),
+        ("back", "single", "--workers", "1"),
+    ):
+        ran = growmerge("convert", str(tmp_path / source), str(tmp_path / target), *options)
+        assert ran.returncode == 0, ran.stderr
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
+    ours, theirs = load_file(tmp_path / "single" / "model.safetensors"), load_file(model / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_killed_half_way_it_goes_on_with_what_is_missing(model, tmp_path):
+    arguments = ("grow", str(model), str(tmp_path / "big"), "--width", "2", "--shard-gb", "4e-5", "--workers", "2")
+    marker = tmp_path / "reached"
+    second = "write/model-00002-of-00005.safetensors"
+    process = subprocess.Popen(command(*arguments), env={**os.environ, "GROWMERGE_FAULT": f"{marker}:{second}"})
+    while not marker.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert growmerge("inspect", str(tmp_path / "big")).returncode == 2  # it does not look like a checkpoint
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "big").glob("model-0000[12]*")}
+    assert len(kept) == 2
+    ended = growmerge(*arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert {name: (tmp_path / "big" / name).stat().st_mtime_ns for name in kept} == kept
+    whole = growmerge("grow", str(model), str(tmp_path / "other"), *arguments[3:-1], "1")
+    assert whole.returncode == 0, whole.stderr
+    for path in (tmp_path / "other").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "big" / path.name).read_bytes(), path.name
+    assert not list((tmp_path / "big").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("grow", "small", "new", "--width", "0"), "growth factor of hidden is 0: allowed are whole numbers from 1 on"),
+        (("grow", "small", "new", "--method", "diagnal"), "unknown growth method 'diagnal': *did you mean 'diagonal'?"),
+        (("grow", "small", "new", "--with-optimizer"), "small: has no optimizer state to grow; leave out *"),
+        (("grow", "small", "small"), "small: is the source itself; choose another folder"),
+        (("grow", "small", "full"), "full: is not empty and not an unfinished checkpoint; choose another folder"),
+        (("convert", "small", "new", "--format", "zero"), "unknown format 'zero': *did you mean 'zero3'?"),
+        (("convert", "small", "new", "--dtype", "fp16"), "unknown dtype 'fp16': allowed are *"),
+        (("convert", "gone", "new"), "gone: no such checkpoint folder"),
+        (("convert", "full", "new"), "full: not a checkpoint of a known format (*"),
+        (("convert", "small", "new", "--format", "zero3", "--dp", "0"), "a ZeRO-3 checkpoint of 0 ranks cannot be *"),
+        (("verify", "small", "small", "--text", "gone.txt"), "gone.txt: cannot be read as UTF-8 text (*"),
+    ],
+)
+def test_a_mistake_is_one_line(model, tmp_path, monkeypatch, arguments, line):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 2
+    assert found.stderr.count("\n") == 1
+    assert fnmatch(found.stderr.strip().replace("[", "("), f"growmerge: {line}"), found.stderr
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_leaves_nothing_that_looks_complete(model, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=True)
+    try:
+        full = growmerge("grow", str(model), str(disk / "big"), "--width", "2")
+        assert full.returncode == 2
+        assert full.stderr.count("\n") == 1
+        assert "no space left" in full.stderr
+        assert growmerge("inspect", str(disk / "big")).returncode == 2
+        subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
+        assert growmerge("grow", str(model), str(disk / "big"), "--width", "2").returncode == 0
+        source = open_checkpoint(disk / "big")
+        assert read_tensor(source, "model.norm.weight").shape == (64,)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    shutil.rmtree(disk)
