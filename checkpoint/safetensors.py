@@ -88,6 +88,7 @@ class SafetensorsSource:
     config: Mapping[str, Any]
     run: RunState
     groups: Mapping[str, Group] = field(default_factory=lambda: {"default": Group()})
+    _maps: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def family(self) -> Family:
@@ -128,14 +129,20 @@ class SafetensorsSource:
         return None
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
-        stored = self.stored[name]
-        # Integers of the element's size: numpy has no bfloat16, and a mapping reads just the pages it needs.
-        raw = np.memmap(
-            stored.path, dtype=f"u{stored.dtype.itemsize}", mode="r", offset=stored.offset, shape=stored.shape
-        )
-        piece = torch.from_numpy(np.array(raw[box])).view(stored.dtype)
+        piece = self._mapped(name)[box]
         for tensor in out.values():
             tensor.copy_(piece)
+
+    def _mapped(self, name: str) -> torch.Tensor:
+        """Return a tensor that lies in the file: a mapping reads just the pages that are asked for."""
+        if name not in self._maps:
+            stored = self.stored[name]
+            # Integers of the element's size: numpy has no bfloat16. Copy-on-write, since torch wants to be able to
+            # write; nobody does.
+            kind = f"u{stored.dtype.itemsize}"
+            raw = np.memmap(stored.path, dtype=kind, mode="c", offset=stored.offset, shape=stored.shape)
+            self._maps[name] = torch.from_numpy(raw).view(stored.dtype)
+        return self._maps[name]
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource:

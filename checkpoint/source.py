@@ -25,8 +25,8 @@ SLOTS: tuple[Slot, ...] = ("weight", "master", "exp_avg", "exp_avg_sq")
 Box = tuple[slice, ...]
 """A rectangular piece of a tensor: one slice with start and stop a dim, in canonical coordinates."""
 
-TILE = 1 << 20
-"""Elements in a tile at most; what bounds the memory of a worker. Never a setting: results must not depend on it."""
+TILE = 1 << 18
+"""Elements in a tile at most: what fits a core's cache. Never a setting: results must not depend on it."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")

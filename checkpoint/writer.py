@@ -1,14 +1,19 @@
-"""The writer: asks a layout which bytes go where and pulls them from a source, tile by tile, in parallel.
+"""The writer: asks a layout which bytes go where and pulls them from a source, block by block, in parallel.
 
-Memory is bounded by tile size x workers. The bytes do not depend on the number of workers.
+A worker fills a block of a file (16 MiB, as the manifest hashes them) tile by tile, hashes it and writes it, so that no
+byte is read again. Memory is bounded by block size x workers. The bytes do not depend on the number of workers.
 """
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+import threading
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,8 @@ import torch
 
 from checkpoint.files import disk_errors, inside, read_json, write_bytes, write_json
 from checkpoint.layout import Fragment, Layout
-from checkpoint.manifest import NAME, block_hashes, write_manifest
-from checkpoint.source import Slot, Source, box_shape, flat_boxes, row_major_tiles
+from checkpoint.manifest import BLOCK, NAME, write_manifest
+from checkpoint.source import Source, box_shape, flat_boxes, row_major_tiles
 from parallel.errors import InputError
 from parallel.faults import point
 
@@ -54,7 +59,7 @@ def write_checkpoint(
     key = hashlib.sha256(json.dumps([about, repr(layout)], sort_keys=True).encode()).hexdigest()
     hashes = _written(folder, key) if about is not None else {}
     _record(folder, key, hashes)
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with ThreadPoolExecutor(max_workers=workers, initializer=_alone) as pool:
         for plan in plans:
             path = inside(folder, plan.name)
             if plan.name in hashes:
@@ -64,15 +69,14 @@ def write_checkpoint(
                 fragments = plan.create(path)
                 handle = os.open(path, os.O_RDWR)
                 try:
-                    for tensor, group in groupby(fragments, key=lambda fragment: fragment.tensor):
-                        _write_tensor(source, tensor, list(group), handle, pool, workers)
+                    written = _fill(source, fragments, handle, pool, workers)
                     os.fsync(handle)
                 except BaseException:
                     path.unlink()  # half-written; on a full disk its room is wanted
                     raise
                 finally:
                     os.close(handle)
-            hashes[plan.name] = block_hashes(path)
+            hashes[plan.name] = written
             _record(folder, key, hashes)
             point(f"write/{plan.name}")
     hashes = {plan.name: hashes[plan.name] for plan in plans}
@@ -111,41 +115,86 @@ def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: path.stat().st_size if path.is_file() else -1 for name, path in paths.items()}
 
 
-def _write_tensor(
-    source: Source, name: str, fragments: list[Fragment], handle: int, pool: ThreadPoolExecutor, workers: int
-) -> None:
-    """Fill one tensor's fragments of one file; slots that share a range are read together."""
-    info = source.infos[name]
-    stats = source.collect(name, pool.map)
-    count = 1
-    for size in info.shape:
-        count *= size
-    ranges: dict[tuple[int, int], list[Fragment]] = {}
-    for fragment in fragments:
-        stop = count if fragment.stop is None else fragment.stop
-        ranges.setdefault((fragment.start, stop), []).append(fragment)
+def _alone() -> None:
+    """Workers are the parallelism: torch's own threads would wait for one another at every small operation."""
+    torch.set_num_threads(1)
 
-    def fill(job: tuple[int, int, int, list[Fragment]]) -> None:
-        begin, start, stop, targets = job
-        at = start
-        for box in flat_boxes(info.shape, start, stop):
-            shape = box_shape(box)
-            out: dict[Slot, torch.Tensor] = {part.slot: torch.empty(shape, dtype=part.dtype) for part in targets}
-            source.read(name, box, out, stats)
-            for part in targets:
-                data: Any = out[part.slot].reshape(-1).view(torch.uint8).numpy()
-                _write_all(handle, memoryview(data), part.offset + (at - begin) * part.dtype.itemsize)
-            at += out[targets[0].slot].numel()
 
-    def jobs() -> Iterator[tuple[int, int, int, list[Fragment]]]:
-        for (start, stop), targets in ranges.items():
-            for piece in row_major_tiles((stop - start,)):
-                yield start, start + piece[0].start, start + piece[0].stop, targets
+@dataclass(frozen=True, kw_only=True)
+class _Span:
+    """A fragment with its place in the file: bytes [start, stop)."""
 
-    # A window keeps the queue, and so the memory, bounded; errors of workers surface here.
-    todo = jobs()
-    while batch := [job for _, job in zip(range(4 * workers), todo, strict=False)]:
-        list(pool.map(fill, batch))
+    fragment: Fragment
+    first: int
+    """First element of the flattened tensor."""
+    start: int
+    stop: int
+
+
+def _fill(
+    source: Source, fragments: Sequence[Fragment], handle: int, pool: ThreadPoolExecutor, workers: int
+) -> list[str]:
+    """Fill a created file with its fragments and return the SHA-256 of each of its blocks."""
+    spans = sorted((_span(source, fragment) for fragment in fragments), key=lambda span: span.start)
+    starts = [span.start for span in spans]
+    size = os.fstat(handle).st_size
+    stats: dict[str, Any] = {}
+    buffers = threading.local()
+    pending: deque[Future[str]] = deque()
+    hashes = []
+    at = 0
+    for begin in range(0, size, BLOCK):
+        end = min(begin + BLOCK, size)
+        while at < len(spans) and spans[at].stop <= begin:
+            at += 1
+        behind = bisect_left(starts, end)
+        part = spans[at:behind]
+        # Known before the block is handed out: a worker that waited for the pool would wait for itself.
+        names = dict.fromkeys(span.fragment.tensor for span in part)
+        stats = {name: stats[name] if name in stats else source.collect(name, pool.map) for name in names}
+        pending.append(pool.submit(_block, source, part, stats, handle, begin, end, buffers))
+        if len(pending) > workers:
+            hashes.append(pending.popleft().result())
+    return hashes + [one.result() for one in pending]
+
+
+def _span(source: Source, fragment: Fragment) -> _Span:
+    stop = math.prod(source.infos[fragment.tensor].shape) if fragment.stop is None else fragment.stop
+    end = fragment.offset + (stop - fragment.start) * fragment.dtype.itemsize
+    return _Span(fragment=fragment, first=fragment.start, start=fragment.offset, stop=end)
+
+
+def _block(
+    source: Source,
+    spans: Sequence[_Span],
+    stats: Mapping[str, Any],
+    handle: int,
+    begin: int,
+    end: int,
+    buffers: threading.local,
+) -> str:
+    """Fill bytes [begin, end) of a file, write them, and return their SHA-256."""
+    if not hasattr(buffers, "own"):
+        buffers.own = torch.empty(BLOCK, dtype=torch.uint8)
+    block: torch.Tensor = buffers.own[: end - begin]
+    data: Any = block.numpy()
+    if sum(min(span.stop, end) - max(span.start, begin) for span in spans) < end - begin:
+        os.preadv(handle, [data], begin)  # headers, and gaps between records
+    for span in spans:
+        low, high = max(span.start, begin), min(span.stop, end)
+        dtype, name = span.fragment.dtype, span.fragment.tensor
+        out = block[low - begin : high - begin].view(dtype)
+        first = span.first + (low - span.start) // dtype.itemsize
+        for (piece,) in row_major_tiles(out.shape):
+            at = piece.start
+            for box in flat_boxes(source.infos[name].shape, first + piece.start, first + piece.stop):
+                shape = box_shape(box)
+                count = math.prod(shape)
+                source.read(name, box, {span.fragment.slot: out[at : at + count].view(shape)}, stats[name])
+                at += count
+    digest = hashlib.sha256(data).hexdigest()
+    _write_all(handle, memoryview(data), begin)
+    return digest
 
 
 def _write_all(handle: int, data: memoryview, offset: int) -> None:

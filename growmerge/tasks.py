@@ -23,7 +23,7 @@ VERSIONS = {
     "tokens": 2,
     "pairs": 1,
     "train": 1,
-    "grow": 1,
+    "grow": 2,
     "merge": 1,
     "evaluate": 2,
     "baselines": 1,

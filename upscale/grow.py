@@ -10,7 +10,6 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 
 from checkpoint.provenance import descend
@@ -197,7 +196,6 @@ class GrownSource:
             return {slot: [values] for slot, values in whole.items()}
         copies = self.growths(name)[divided].copies
         shape = self._small[name].shape
-        index = np.ravel_multi_index(tuple(np.ogrid[box]), shape)
         # The shape tells a second growth's numbers from those of the first.
         key = f"{self.recipe.seed}/{name}/{shape}/{tiled}"
         if self.recipe.method != "exact-split":
@@ -209,12 +207,12 @@ class GrownSource:
                 for slot, values in whole.items()
             }
             if noise:
-                added = cancelling_noise(noise, copies, lambda pair: normal_at(f"{key}/{pair}", index))
+                added = cancelling_noise(noise, copies, lambda pair: normal_at(f"{key}/{pair}", box))
                 parts = {slot: [a + b for a, b in zip(shares, added, strict=True)] for slot, shares in parts.items()}
             return parts
 
         def uniform(level: int) -> torch.Tensor:
-            return uniform_at(f"{key}/{level}", index)
+            return uniform_at(f"{key}/{level}", box)
 
         found: Shares = {"weight": exact_split(whole["weight"], copies, uniform)} if "weight" in whole else {}
         if "master" in whole:

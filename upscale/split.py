@@ -11,11 +11,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from checkpoint.source import Box
+
 SPREAD = 0.274
 """A share of two is uniform in 0.5 +- this: noise 10 dB below the signal (4 s^2 / 3 = 0.1), as in HyperCloning."""
 
 Uniform = Callable[[int], torch.Tensor]
-"""From a level of the split to numbers in [0, 1), float32, in the block's shape."""
+"""From a level of the split to numbers in [0, 1), float32, in the block's shape, that may be overwritten."""
 
 
 def symmetric(block: torch.Tensor, copies: int) -> list[torch.Tensor]:
@@ -65,21 +67,22 @@ def exact_split(block: torch.Tensor, copies: int, uniform: Uniform) -> list[torc
         return [block]
     limits = torch.finfo(block.dtype)
     whole = block.float()
-    power = (whole.view(torch.int32) & 0x7F800000).view(torch.float32)
+    unit = (whole.view(torch.int32) & 0x7F800000).view(torch.float32)
     # Below the smallest normal number the unit is the smallest subnormal one.
-    unit = (power * limits.eps).clamp_(min=limits.tiny * limits.eps)
-    rest = whole.abs().div_(unit)
-    odd = ~torch.isfinite(whole)
+    unit = unit.mul_(limits.eps).clamp_(min=limits.tiny * limits.eps).copysign_(whole)
+    rest = whole / unit  # k: whole numbers from 0 on, since the unit has the sign
+    finite = bool(torch.isfinite(rest.sum()))
     shares = []
     for level in range(copies):
         left = copies - level
         share = rest
         if left > 1:
-            ratio = uniform(level).mul(4 * SPREAD).add_(1 - 2 * SPREAD).div_(left)
-            share = ratio.mul_(rest).round_()
+            share = uniform(level).mul_(4 * SPREAD / left).add_((1 - 2 * SPREAD) / left).mul_(rest).round_()
             rest = rest - share
-        part = torch.copysign(share * unit, whole)
-        shares.append(torch.where(odd, whole, part).to(block.dtype))
+        part = share * unit
+        if not finite:
+            part = torch.where(torch.isfinite(whole), part, whole)
+        shares.append(part.to(block.dtype))
     return shares
 
 
@@ -109,26 +112,42 @@ def exact_split_master(parts: list[torch.Tensor], weight: torch.Tensor, master: 
     return found
 
 
-def normal_at(key: str, index: np.ndarray) -> torch.Tensor:
-    """Return standard normal numbers of a stream at the given places (Box and Muller, 1958), as `uniform_at` does."""
-    radius = torch.log1p(-uniform_at(f"{key}/radius", index)).mul_(-2).sqrt_()
-    return radius * torch.cos(uniform_at(f"{key}/angle", index) * (2 * math.pi))
+def normal_at(key: str, box: Box) -> torch.Tensor:
+    """Return standard normal numbers of a stream in a box of a tensor (Box and Muller, 1958), as `uniform_at` does."""
+    radius = torch.log1p(-uniform_at(f"{key}/radius", box)).mul_(-2).sqrt_()
+    return radius * torch.cos(uniform_at(f"{key}/angle", box) * (2 * math.pi))
 
 
-def uniform_at(key: str, index: np.ndarray) -> torch.Tensor:
-    """Return the random numbers of a stream at the given places, float32 in [0, 1), in the index's shape.
+def uniform_at(key: str, box: Box) -> torch.Tensor:
+    """Return the random numbers of a stream in a box of a tensor, float32 in [0, 1), in the box's shape.
 
-    A number depends on the key and its place alone: not on what else is read, or by how many workers. The generator
-    is splitmix64 (Steele et al., OOPSLA 2014), which turns a counter into its number by mixing.
+    A number depends on the key and its place alone: not on what else is read, or by how many workers. A row's key is
+    splitmix64 of its number (Steele et al., OOPSLA 2014); the columns of a row are mixed in 32 bits, which processors
+    do eight at a time (the constants of `lowbias32`, C. Wellons, Prospecting for hash functions, 2018).
     """
-    start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-    mixed = index.astype(np.uint64)
-    mixed *= np.uint64(0x9E3779B97F4A7C15)
-    mixed += np.uint64(start)
+    *outer, last = (np.arange(part.start, part.stop, dtype=np.uint64) for part in box)
+    rows = _mix64(outer[0] * _GOLDEN + _start(key)) if outer else _mix64(np.full(1, _start(key)))
+    mixed = (rows >> np.uint64(32)).astype(np.uint32)[:, None] ^ (last * _GOLDEN).astype(np.uint32)
+    mixed ^= mixed >> np.uint32(16)
+    mixed *= np.uint32(0x7FEB352D)
+    mixed ^= mixed >> np.uint32(15)
+    mixed *= np.uint32(0x846CA68B)
+    mixed ^= mixed >> np.uint32(16)
+    mixed >>= np.uint32(8)
+    numbers = torch.from_numpy(mixed.view(np.int32)).to(torch.float32).mul_(2.0**-24)
+    return numbers if outer else numbers[0]
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _start(key: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
+
+
+def _mix64(mixed: np.ndarray) -> np.ndarray:
     mixed ^= mixed >> np.uint64(30)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     mixed ^= mixed >> np.uint64(27)
     mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    mixed >>= np.uint64(40)
-    return torch.from_numpy(mixed.astype(np.float32)).mul_(2.0**-24)
+    return mixed ^ mixed >> np.uint64(31)

@@ -8,14 +8,15 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from checkpoint.source import full_box
 from upscale.split import exact_split, exact_split_master, symmetric, uniform_at
 
+GOLDEN = 0x9E3779B97F4A7C15
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 def split(block: torch.Tensor, copies: int, key: str = "k") -> list[torch.Tensor]:
-    index = np.arange(block.numel()).reshape(block.shape)
-    return exact_split(block, copies, lambda level: uniform_at(f"{key}/{level}", index))
+    return exact_split(block, copies, lambda level: uniform_at(f"{key}/{level}", full_box(block.shape)))
 
 
 def patterns(dtype: torch.dtype) -> st.SearchStrategy[list[int]]:
@@ -97,19 +98,31 @@ def test_master_of_a_float32_weight_is_split_like_the_weight() -> None:
     assert all(map(torch.equal, exact_split_master(parts, weight, weight), parts))
 
 
-def test_uniform_is_splitmix64_of_key_and_place() -> None:
+def test_uniform_is_a_mix_of_key_row_and_column() -> None:
     """Against the generator's definition in plain integers."""
     import hashlib
 
-    def number(key: str, place: int) -> float:
-        start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-        mixed = (start + place * 0x9E3779B97F4A7C15) % 2**64
+    def number(key: str, row: int, column: int) -> float:
+        mixed = (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") + row * GOLDEN) % 2**64
         mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
-        return ((mixed ^ mixed >> 31) >> 40) / 2**24
+        low = (mixed ^ mixed >> 31) >> 32 ^ column * GOLDEN % 2**32
+        low = (low ^ low >> 16) * 0x7FEB352D % 2**32
+        low = (low ^ low >> 15) * 0x846CA68B % 2**32
+        return ((low ^ low >> 16) >> 8) / 2**24
 
-    places = np.array([0, 1, 2, 2**33, 2**40 + 7])
-    assert uniform_at("seed/name", places).tolist() == [number("seed/name", int(place)) for place in places]
-    assert uniform_at("seed/other", places).tolist() != uniform_at("seed/name", places).tolist()
-    many = uniform_at("a", np.arange(100_000))
-    assert many.min() >= 0 and many.max() < 1 and many.mean().item() == pytest.approx(0.5, abs=0.005)
+    rows, columns = slice(3, 7), slice(2**20, 2**20 + 5)
+    wanted = [[number("seed/name", row, column) for column in range(2**20, 2**20 + 5)] for row in range(3, 7)]
+    assert uniform_at("seed/name", (rows, columns)).tolist() == wanted
+    assert uniform_at("seed/name", (columns,)).tolist() == [number("seed/name", 0, c) for c in range(2**20, 2**20 + 5)]
+    assert uniform_at("seed/other", (rows, columns)).tolist() != wanted
+
+
+def test_uniform_numbers_are_uniform_and_apart() -> None:
+    many = uniform_at("a", (slice(0, 600), slice(0, 500)))
+    assert many.min() >= 0 and many.max() < 1 and many.mean().item() == pytest.approx(0.5, abs=0.003)
+    counts = torch.histc(many, 100, 0, 1)
+    assert float(((counts - 3000) ** 2 / 3000).sum()) < 150  # chi-square, 99 degrees of freedom
+    for shift in (1, 2, 3):
+        for one, other in ((many[shift:], many[:-shift]), (many[:, shift:], many[:, :-shift])):
+            assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.01
