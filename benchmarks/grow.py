@@ -1,0 +1,221 @@
+"""Growing and converting against `cp` of as many bytes, both synced, in turn; and memory inside a limit.
+
+python benchmarks/grow.py            # 0.5 billion parameters out: seconds
+python benchmarks/grow.py --memory   # 1.7 -> 6.8 billion inside 1.5 GiB, page cache counted (root, 17 GB of disk)
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from checkpoint.memory import ScratchSource
+from checkpoint.open import open_checkpoint
+from checkpoint.safetensors import SafetensorsLayout
+from checkpoint.source import Box, box_shape
+from checkpoint.writer import write_checkpoint
+from upscale.factors import Recipe
+from upscale.grow import grow
+
+ROUNDS = 5
+LIMIT = 1536 * 2**20
+
+
+def config(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> dict[str, Any]:
+    """Return a config of SmolLM2's kind: head_dim 64, 49,152 entries, tied."""
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "intermediate_size": ffn,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+    }
+
+
+MODELS = {
+    "135M": config(576, 30, 9, 3, 1536),
+    "0.5B": config(1152, 20, 18, 18, 4608),
+    "1.7B": config(2048, 24, 32, 32, 8192),
+}
+"""SmolLM2-135M and -1.7B, and one between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quick(ScratchSource):
+    """Random weights that cost nothing to make: the same numbers over and over."""
+
+    def read(self, name: str, box: Box, out: Any, stats: Any = None) -> None:
+        for target in out.values():
+            flat = target.view(-1)
+            flat.copy_(NUMBERS[: len(flat)].to(flat.dtype))
+        assert box_shape(box) == tuple(target.shape)
+
+
+NUMBERS = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def make(name: str, folder: Path) -> Path:
+    if not (folder / "manifest.json").is_file():
+        source = Quick(config=MODELS[name], seed=0, dtype=torch.bfloat16)
+        write_checkpoint(source, folder, SafetensorsLayout(), workers=os.cpu_count() or 1)
+    return folder
+
+
+def copy(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in source.glob("*.safetensors"):
+        subprocess.run(["cp", str(path), str(target / path.name)], check=True)
+        with (target / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def seconds(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def drop_caches() -> bool:
+    """Forget the page cache, if this process may."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+def speed(folder: Path) -> None:
+    small = make("135M", folder / "small")
+    workers = os.cpu_count() or 1
+    recipes: dict[str, Recipe | None] = {
+        "convert": None,
+        "grow x2, symmetric": Recipe(width=2, method="symmetric"),
+        "grow x2, exact split": Recipe(width=2),
+    }
+    table = Table(title=f"135M parameters in, bfloat16, {workers} workers; median of {ROUNDS} turns [least, most]")
+    for column in ("what", "cache", "MB out", "ours s", "cp s", "share of cp's speed", "ns an element a worker"):
+        table.add_column(column, justify="right")
+    for what, recipe in recipes.items():
+        for cache in ("warm", "cold"):
+            if cache == "cold" and not drop_caches():
+                continue
+            ours, theirs, size = [], [], 0
+            for turn in range(ROUNDS):
+                target, other = folder / "out", folder / "cp"
+                source = open_checkpoint(small)
+                made = grow(source, recipe) if recipe else source
+                if cache == "cold":
+                    drop_caches()
+                ours.append(seconds(partial(write_checkpoint, made, target, SafetensorsLayout(), workers=workers)))
+                if cache == "cold":
+                    drop_caches()
+                theirs.append(seconds(partial(copy, target, other)))
+                size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+                shutil.rmtree(target)
+                shutil.rmtree(other)
+                del turn
+            ratios = [other / one for one, other in zip(ours, theirs, strict=True)]
+            table.add_row(
+                what,
+                cache,
+                f"{size / 1e6:.0f}",
+                f"{statistics.median(ours):.2f}",
+                f"{statistics.median(theirs):.2f}",
+                f"{statistics.median(ratios):.0%} [{min(ratios):.0%}, {max(ratios):.0%}]",
+                f"{statistics.median(ours) * workers / (size / 2) * 1e9:.1f}",
+            )
+    Console(width=130).print(table)
+
+
+@contextmanager
+def limited() -> Iterator[Path]:
+    """A memory cgroup of LIMIT bytes, page cache counted; needs root."""
+    roots = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
+    root = next(root for root in roots if (root / "cgroup.procs").is_file())
+    group = root / f"growmerge-{os.getpid()}"
+    group.mkdir()
+    limit = "memory.limit_in_bytes" if (group / "memory.limit_in_bytes").is_file() else "memory.max"
+    (group / limit).write_text(str(LIMIT))
+    try:
+        yield group
+    finally:
+        time.sleep(0.5)
+        group.rmdir()
+
+
+def child(source: Path, target: Path, group: Path | None) -> None:
+    """Grow inside the group and print seconds and the most anonymous memory (MiB)."""
+    if group:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    most, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            most[0] = max(most[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+
+    threading.Thread(target=watch, daemon=True).start()
+    layout = SafetensorsLayout()
+    took = seconds(lambda: write_checkpoint(grow(open_checkpoint(source), Recipe(width=2)), target, layout, workers=2))
+    stop.set()
+    print(f"{took:.1f} {most[0] / 1024:.0f}")
+
+
+def memory(folder: Path) -> None:
+    table = Table(title="grow x2, exact split, bfloat16, 2 workers, inside 1.5 GiB with the page cache")
+    for column in ("in", "GB out", "seconds", "anonymous memory at most, MiB"):
+        table.add_column(column, justify="right")
+    for name in ("0.5B", "1.7B"):
+        small, target = make(name, folder / name), folder / "out"
+        drop_caches()
+        with limited() as group:
+            command = [sys.executable, __file__, "--child", str(small), str(target), str(group)]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            table.add_row(
+                name, "-", f"died: {ran.returncode}", ran.stderr.strip().splitlines()[-1] if ran.stderr else ""
+            )
+            continue
+        took, most = ran.stdout.split()
+        size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        table.add_row(name, f"{size / 1e9:.1f}", took, most)
+        shutil.rmtree(target)
+        shutil.rmtree(small)
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--memory", action="store_true", help="the memory part instead")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(*map(Path, given.child))
+        return
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        (memory if given.memory else speed)(Path(name))
+
+
+if __name__ == "__main__":
+    main()
