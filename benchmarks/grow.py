@@ -121,7 +121,7 @@ def speed(folder: Path) -> None:
             if cache == "cold" and not drop_caches():
                 continue
             ours, theirs, size = [], [], 0
-            for turn in range(ROUNDS):
+            for _ in range(ROUNDS):
                 target, other = folder / "out", folder / "cp"
                 source = open_checkpoint(small)
                 made = grow(source, recipe) if recipe else source
@@ -134,7 +134,6 @@ def speed(folder: Path) -> None:
                 size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
                 shutil.rmtree(target)
                 shutil.rmtree(other)
-                del turn
             ratios = [other / one for one, other in zip(ours, theirs, strict=True)]
             table.add_row(
                 what,
@@ -193,10 +192,7 @@ def memory(folder: Path) -> None:
             command = [sys.executable, __file__, "--child", str(small), str(target), str(group)]
             ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
-            table.add_row(
-                name, "-", f"died: {ran.returncode}", ran.stderr.strip().splitlines()[-1] if ran.stderr else ""
-            )
-            continue
+            sys.exit(f"{name}: ended with {ran.returncode}: {ran.stderr}")
         took, most = ran.stdout.split()
         size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
         table.add_row(name, f"{size / 1e9:.1f}", took, most)
