@@ -17,6 +17,7 @@ from checkpoint.open import open_checkpoint
 from checkpoint.provenance import descend
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import Source, WithoutState
+from checkpoint.universal_layout import UniversalLayout
 from checkpoint.writer import PROGRESS, write_checkpoint
 from checkpoint.zero3_layout import Zero3Layout
 from growmerge import __version__
@@ -53,15 +54,20 @@ def _safetensors(source: Source, target: Target) -> Layout:
     )
 
 
-def _zero3(source: Source, target: Target) -> Layout:
+def _is_bf16(source: Source, target: Target) -> bool:
+    """Return the precision of the DeepSpeed run that a checkpoint is for."""
     first = next(info for info in source.infos.values() if info.tied_to is None)
     stored = DTYPES[target.dtype] if target.dtype else first.slots["weight"]
     if stored == torch.float16:
-        raise InputError("a ZeRO-3 run in float16 is not written; choose --dtype bfloat16 or float32")
-    return Zero3Layout(ranks=target.ranks, bf16=stored == torch.bfloat16)
+        raise InputError("a DeepSpeed checkpoint of a float16 run is not written; choose --dtype bfloat16 or float32")
+    return stored == torch.bfloat16
 
 
-LAYOUTS: Mapping[str, Callable[[Source, Target], Layout]] = {"safetensors": _safetensors, "zero3": _zero3}
+LAYOUTS: Mapping[str, Callable[[Source, Target], Layout]] = {
+    "safetensors": _safetensors,
+    "zero3": lambda source, target: Zero3Layout(ranks=target.ranks, bf16=_is_bf16(source, target)),
+    "universal": lambda source, target: UniversalLayout(bf16=_is_bf16(source, target)),
+}
 """The formats that are written."""
 
 
@@ -75,7 +81,7 @@ def grow_checkpoint(source: Path, target: Target, recipe: Recipe) -> str:
     if recipe.state != "reset" and not any("exp_avg" in info.slots for info in small.infos.values()):
         raise InputError(f"{source}: has no optimizer state to grow; leave out --with-optimizer")
     if recipe.state != "reset" and target.format == "safetensors":
-        raise InputError("safetensors holds no optimizer state: with --with-optimizer choose --format zero3")
+        raise InputError("safetensors holds no optimizer state; choose --format zero3 or universal")
     return _write(source, grow(small, recipe), target, {"verb": "grow", "recipe": _plain(recipe)})
 
 

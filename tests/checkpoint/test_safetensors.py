@@ -96,7 +96,7 @@ def damage_escape(folder):
         (damage_truncate, ["model.safetensors: truncated"]),
         (damage_garbage, ["model.safetensors: not a safetensors file"]),
         (damage_empty, ["model.safetensors: truncated"]),
-        (damage_gone, ["not a checkpoint of a known format (safetensors, zero3)"]),
+        (damage_gone, ["not a checkpoint of a known format (safetensors, "]),
         (damage_config, ["model.safetensors: model.layers.0.mlp.gate_proj.weight has shape (48, 32)", "(50, 32)"]),
         (damage_type, ["config.json: unknown model_type 'lama'", "did you mean 'llama'?"]),
         (damage_escape, ["leaves its folder"]),

@@ -1,0 +1,145 @@
+"""Hugging Face folders of PyTorch pickles: `pytorch_model.bin`, or shards with an index; weights alone, read lazily.
+
+A file is `torch.save` of {name: tensor}. Nothing in it is run (`checkpoint.pickles`), and its tensors stay in
+the file until a tile of them is read. Many folders of the hub hold the same model as safetensors too: those are then
+read, and this format does not claim the folder. Files of torch before 1.6 are no zip archives and cannot be mapped:
+load and save such a model with transformers first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import safetensors
+from checkpoint.files import inside, read_json
+from checkpoint.memory import infos_of
+from checkpoint.pickles import load_pickle
+from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, row_major_tiles
+from parallel.errors import InputError
+from parallel.families import Family, family_of
+
+SINGLE = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+
+COMPUTED = ("rotary_emb.inv_freq",)
+"""Endings of entries that transformers used to save and that are not weights: the config gives them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchBinSource:
+    """A Hugging Face folder with `config.json` and `.bin` weights."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    run: RunState
+    groups: Mapping[str, Group] = field(default_factory=lambda: {"default": Group()})
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[Path, torch.Tensor]]:
+        """name in the files -> its file and the tensor, mapped"""
+        single = self._file == SINGLE
+        names = [SINGLE] if single else sorted(set(_weight_map(self.folder / INDEX).values()))
+        found: dict[str, tuple[Path, torch.Tensor]] = {}
+        for file in names:
+            path = inside(self.folder, file)
+            found |= {name: (path, tensor) for name, tensor in _load(path).items()}
+        return found
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """name -> tensor, for every tensor that is no alias, each as config.json says"""
+        expected = infos_of(self.config, torch.float32)
+        for name, (path, _) in self._stored.items():
+            if name not in expected and not name.endswith(COMPUTED):
+                raise InputError(f"{path}: holds {name}, which the {self.family.name} model of config.json has not")
+        found = {}
+        for name, info in expected.items():
+            if info.tied_to is not None:
+                continue
+            # Of tied tensors a file may hold one alone, under either name.
+            names = [name, *(alias for alias, other in expected.items() if other.tied_to == name)]
+            at = next((candidate for candidate in names if candidate in self._stored), None)
+            if at is None:
+                raise InputError(f"{self.folder / self._file}: tensor {name} is missing")
+            path, tensor = self._stored[at]
+            if tuple(tensor.shape) != info.shape:
+                raise InputError(f"{path}: {at} has shape {tuple(tensor.shape)}, config.json says {info.shape}")
+            if tensor.dtype not in safetensors.CODES or tensor.layout != torch.strided:
+                raise InputError(f"{path}: {at} is {tensor.dtype}, {tensor.layout}; plain floating point is read")
+            found[name] = tensor
+        return found
+
+    @property
+    def _file(self) -> str:
+        return SINGLE if (self.folder / SINGLE).is_file() else INDEX
+
+    @cached_property
+    def infos(self) -> Mapping[str, Info]:
+        infos = {}
+        for name, info in infos_of(self.config, torch.float32).items():
+            if info.tied_to is None:
+                info = Info(shape=info.shape, slots={"weight": self._tensors[name].dtype})
+            infos[name] = info
+        return infos
+
+    def tiles(self, name: str) -> Sequence[Box]:
+        return row_major_tiles(self.infos[name].shape)
+
+    def collect(self, name: str, spread: Map) -> Any:
+        return None
+
+    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
+        for tensor in out.values():
+            tensor.copy_(self._tensors[name][box])
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise InputError(f"{path}: no zip archive, so damaged, or of torch before 1.6 (load and save it again)")
+    entries = load_pickle(path, "PyTorch file")
+    if not isinstance(entries, dict) or not all(torch.is_tensor(tensor) for tensor in entries.values()):
+        raise InputError(f"{path}: holds other things than tensors by name, so it is not a model's weights")
+    return {str(name): tensor for name, tensor in entries.items()}
+
+
+def _weight_map(path: Path) -> Mapping[str, str]:
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: no weight_map, so it does not say which file holds what")
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{path}: weight_map names something that is not a file")
+    return weight_map
+
+
+def is_torch_bin(folder: Path) -> bool:
+    """Return whether a folder's weights are `.bin` files; false where safetensors of the model lie beside them."""
+    if any((folder / name).is_file() for name in (safetensors.SINGLE, safetensors.INDEX)):
+        return False
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def open_torch_bin(folder: Path) -> Source:
+    """Open a Hugging Face folder of `.bin` weights lazily.
+
+    Raises:
+        InputError: config.json is missing or of no known family; later, when a file is missing, damaged or names
+            anything but tensors, or when a tensor is missing, unknown, or of another shape than config.json says.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        family_of(config)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
+    about = read_json(folder / "growmerge.json") if (folder / "growmerge.json").is_file() else {}
+    return TorchBinSource(folder=folder, config=config, run=RunState(provenance=about))

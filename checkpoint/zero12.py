@@ -1,0 +1,228 @@
+"""DeepSpeed ZeRO-1 and ZeRO-2 checkpoints: every tensor of every slot, from the model file and the ranks' files.
+
+Layout (DeepSpeed 0.19): `mp_rank_00_model_states.pt` holds the weights whole, as the run computes with them, and each
+data-parallel rank d has `[bf16_]zero_pp_rank_{d}_mp_rank_00_optim_states.pt` with its share of the float32 masters and
+of Adam's moments. The trainable parameters of a parameter group, in the order of the model file's `param_shapes`, are
+flattened row-major one after the other (with `parameter_alignment` there is padding between them, which the optimizer
+files list). The whole is padded to a multiple of 2 x ranks elements and cut into equal parts, one a rank. So a part may
+begin and end inside a parameter, and a rank may have padding alone. Whether files keep a part's padding at the end
+depends on slot and settings. (The `param_slice_mappings` are not used: with `round_robin_gradients` they are wrong.)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.pickles import load_pickle
+from checkpoint.shard import STATE_SLOTS, flat_runs, numel
+from checkpoint.source import Box, Group, Info, Map, RunState, Slot, box_shape, row_major_tiles
+from checkpoint.zero_files import FROZEN, config_of, groups_of, load_model, optim_name, run_of
+from parallel.errors import InputError
+from parallel.families import Family, family_of
+
+MODEL = "mp_rank_00_model_states.pt"
+ALIGNMENT = 2
+"""A group's flat buffer is padded to a multiple of this times the ranks (DeepSpeed: nccl_start_alignment_factor)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatGroup:
+    """The flat buffer of a parameter group, over all ranks."""
+
+    group: str
+    starts: Mapping[str, int]
+    """Offset of each tensor in the whole buffer (elements), in its order."""
+    total: int
+    """Elements from the buffer's start to the end of its last tensor."""
+    part: int
+    """Elements of a rank."""
+
+
+def flat_group(group: str, shapes: Mapping[str, Sequence[int]], paddings: Sequence[int], ranks: int) -> FlatGroup:
+    """Return where a group's tensors lie in its buffer; `paddings` are the elements after each tensor."""
+    starts, at, end = {}, 0, 0
+    for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
+        starts[name] = at
+        end = at + numel(shape)
+        at = end + padding
+    block = ALIGNMENT * ranks
+    return FlatGroup(group=group, starts=starts, total=end, part=-(-end // block) * ALIGNMENT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero12Source:
+    """A saved ZeRO-1 or ZeRO-2 run without tensor parallelism."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    run: RunState
+    groups: Mapping[str, Group]
+    ranks: int
+    flats: tuple[FlatGroup, ...]
+    bf16: bool
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @cached_property
+    def _weights(self) -> Mapping[str, torch.Tensor]:
+        return load_pickle(self.folder / MODEL)["module"]
+
+    @cached_property
+    def _where(self) -> dict[str, int]:
+        """name -> its group's number, for every tensor that the optimizer has"""
+        return {name: number for number, flat in enumerate(self.flats) for name in flat.starts}
+
+    @cached_property
+    def _parts(self) -> list[list[dict[Slot, torch.Tensor]]]:
+        """[rank][group][slot] -> flat tensor, in the file until read; of a length that the group's cut explains"""
+        ranks: list[list[dict[Slot, torch.Tensor]]] = []
+        for rank in range(self.ranks):
+            path = self.folder / optim_name(rank, self.bf16)
+            state = load_optimizer(path)
+            masters, moments = state["single_partition_of_fp32_groups"], base_state(state)["state"]
+            if len(masters) != len(self.flats):
+                raise InputError(f"{path}: has {len(masters)} parameter groups, not {len(self.flats)}")
+            parts: list[dict[Slot, torch.Tensor]] = []
+            for number, (flat, master) in enumerate(zip(self.flats, masters, strict=True)):
+                adam = moments.get(number, {})
+                slots = {"master": master, **{slot: adam[slot] for slot in STATE_SLOTS[1:] if slot in adam}}
+                if ranks and slots.keys() != ranks[0][number].keys():
+                    raise InputError(f"{path}: group {flat.group} has {', '.join(slots)}; rank 0 has other slots")
+                least = min(flat.part, max(0, flat.total - rank * flat.part))
+                for slot, tensor in slots.items():
+                    if not least <= tensor.numel() <= flat.part:
+                        raise InputError(
+                            f"{path}: {slot} of group {flat.group} has {tensor.numel()} elements; "
+                            f"its part in a group of {flat.total} over {self.ranks} ranks is {flat.part}"
+                        )
+                parts.append(slots)
+            ranks.append(parts)
+        return ranks
+
+    @cached_property
+    def infos(self) -> Mapping[str, Info]:
+        path, tensors = self.folder / MODEL, self.family.tensors(self.config)
+        for name in self._where:
+            if name not in tensors:
+                raise InputError(f"{path}: trains {name}, which the model of config.json has not")
+        infos = {}
+        for name, tensor in tensors.items():
+            if tensor.tied_to is not None:
+                infos[name] = Info(shape=tensor.shape, slots={}, tied_to=tensor.tied_to)
+                continue
+            if name not in self._weights:
+                raise InputError(f"{path}: tensor {name} is missing")
+            weight = self._weights[name]
+            if tuple(weight.shape) != tensor.shape:
+                raise InputError(f"{path}: {name} has shape {tuple(weight.shape)}, config.json says {tensor.shape}")
+            slots: dict[Slot, torch.dtype] = {"weight": weight.dtype}
+            number = self._where.get(name)
+            if number is not None:
+                slots |= {slot: part.dtype for slot, part in self._parts[0][number].items()}
+            group = FROZEN if number is None else self.flats[number].group
+            infos[name] = Info(shape=tensor.shape, slots=slots, group=group, trainable=number is not None)
+        return infos
+
+    def tiles(self, name: str) -> Sequence[Box]:
+        return row_major_tiles(self.infos[name].shape)
+
+    def collect(self, name: str, spread: Map) -> Any:
+        return None
+
+    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
+        for slot, target in out.items():
+            if slot == "weight":
+                target.copy_(self._weights[name][box])
+            else:
+                runs = flat_runs(self.infos[name].shape, box)
+                flat = torch.cat([piece for run in runs for piece in self._run(name, slot, *run)])
+                target.copy_(flat.view(box_shape(box)))
+
+    def _run(self, name: str, slot: Slot, start: int, stop: int) -> list[torch.Tensor]:
+        """Return the pieces, rank after rank, of elements [start, stop) of a flattened tensor."""
+        number = self._where[name]
+        flat = self.flats[number]
+        start, stop = start + flat.starts[name], stop + flat.starts[name]
+        pieces = []
+        while start < stop:
+            rank, at = divmod(start, flat.part)
+            end = min(stop, (rank + 1) * flat.part)
+            pieces.append(self._parts[rank][number][slot][at : at + end - start])
+            start = end
+        return pieces
+
+
+def load_optimizer(path: Path) -> Mapping[str, Any]:
+    """Return the state of a rank's optimizer.
+
+    Raises:
+        InputError: the file is missing or damaged, or of another kind.
+    """
+    state = load_pickle(path)
+    state = state.get("optimizer_state_dict") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not {"single_partition_of_fp32_groups", "base_optimizer_state"} <= state.keys():
+        raise InputError(f"{path}: not the optimizer file of a ZeRO-1 or ZeRO-2 run")
+    return state
+
+
+def base_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return torch's optimizer state {state, param_groups}; `elastic_checkpoint` saves no settings of the groups."""
+    base = state["base_optimizer_state"]
+    if isinstance(base, list):
+        groups = [{"params": [number]} for number in range(len(base))]
+        return {"state": dict(enumerate(base)), "param_groups": groups}
+    return base
+
+
+def is_zero12(folder: Path) -> bool:
+    """Return whether a folder holds a ZeRO-1 or ZeRO-2 run; ZeRO-3 has a model file for each rank instead."""
+    return (folder / MODEL).is_file() and any((folder / optim_name(0, bf16)).is_file() for bf16 in (True, False))
+
+
+def open_zero12(folder: Path) -> Zero12Source:
+    """Open a ZeRO-1 or ZeRO-2 checkpoint folder (the one that holds the `*_states.pt` files) lazily.
+
+    `config.json`, the model's Hugging Face config, has to lie in the folder or in the one above.
+
+    Raises:
+        InputError: a file is missing, damaged or of another kind, or the run was tensor or expert parallel; later,
+            when a tensor is missing, unknown, or of another shape than config.json says.
+    """
+    config = config_of(folder)
+    model = load_model(folder / MODEL, "module")
+    if model["mp_world_size"] != 1:
+        raise InputError(f"{folder}: written with tensor parallelism {model['mp_world_size']}; merge it to 1 first")
+    ranks = model["dp_world_size"]
+    bf16 = (folder / optim_name(0, True)).is_file()
+    for path in (folder / optim_name(rank, bf16) for rank in range(ranks)):
+        if not path.is_file():
+            raise InputError(f"{path}: missing (the checkpoint was written by {ranks} ranks)")
+    state = load_optimizer(folder / optim_name(0, bf16))
+    if any(count != ranks for count in state["partition_count"]):
+        raise InputError(f"{folder}: cut over {state['partition_count']} ranks by group (expert parallel); not read")
+    names, groups = groups_of(base_state(state))
+    shapes = model["param_shapes"]
+    paddings = state.get("param_alignment_paddings") or [[0] * len(entry) for entry in shapes]
+    if [len(entry) for entry in shapes] != [len(entry) for entry in paddings] or len(names) != len(shapes):
+        raise InputError(f"{folder / MODEL}: its parameter groups are not those of {optim_name(0, bf16)}")
+    flats = tuple(flat_group(*parts, ranks) for parts in zip(names, shapes, paddings, strict=True))
+    trained = {name for flat in flats for name in flat.starts}
+    if any(
+        tensor.tied_to is None and name not in trained for name, tensor in family_of(config).tensors(config).items()
+    ):
+        groups.setdefault(FROZEN, Group())
+    return Zero12Source(
+        folder=folder,
+        config=config,
+        run=run_of(model, folder),
+        groups=groups,
+        ranks=ranks,
+        flats=flats,
+        bf16=bf16,
+    )
