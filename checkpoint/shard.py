@@ -46,6 +46,12 @@ def part_size(count: int, ranks: int) -> int:
     return -(-count // ranks)
 
 
+def part_of(shape: Sequence[int], ranks: int, rank: int) -> tuple[int, int]:
+    """Return the elements [start, stop) of a flattened tensor that a rank holds, without padding."""
+    count, part = numel(shape), part_size(numel(shape), ranks)
+    return min(rank * part, count), min((rank + 1) * part, count)
+
+
 def read_shard(
     source: Source, topology: Topology, rank: int, slots: Sequence[Slot] = STATE_SLOTS
 ) -> list[dict[Slot, torch.Tensor]]:
@@ -60,11 +66,9 @@ def read_shard(
         flat: dict[Slot, torch.Tensor] = {slot: torch.zeros(total, dtype=torch.float32) for slot in slots}
         at = 0
         for name, shape in sub_group.tensors:
-            count = numel(shape)
-            part = part_size(count, topology.ranks)
-            start, stop = min(rank * part, count), min((rank + 1) * part, count)
+            start, stop = part_of(shape, topology.ranks, rank)
             _fill(source, name, start, stop, {slot: flat[slot][at : at + stop - start] for slot in slots})
-            at += part
+            at += part_size(numel(shape), topology.ranks)
         shard.append(flat)
     return shard
 

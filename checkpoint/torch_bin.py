@@ -6,9 +6,7 @@ read, and this format does not claim the folder. Files of torch before 1.6 are n
 load and save such a model with transformers first.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ import torch
 
 from checkpoint import safetensors
 from checkpoint.files import inside, read_json
-from checkpoint.memory import infos_of
+from checkpoint.memory import MemorySource, infos_of
 from checkpoint.pickles import load_pickle
-from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, row_major_tiles
+from checkpoint.source import RunState, Source
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -29,76 +27,41 @@ COMPUTED = ("rotary_emb.inv_freq",)
 """Endings of entries that transformers used to save and that are not weights: the config gives them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TorchBinSource:
-    """A Hugging Face folder with `config.json` and `.bin` weights."""
+def _stored(folder: Path) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Return name in the files -> its file and the tensor, mapped."""
+    single = (folder / SINGLE).is_file()
+    names = [SINGLE] if single else sorted(set(_weight_map(folder / INDEX).values()))
+    found: dict[str, tuple[Path, torch.Tensor]] = {}
+    for file in names:
+        path = inside(folder, file)
+        found |= {name: (path, tensor) for name, tensor in _load(path).items()}
+    return found
 
-    folder: Path
-    config: Mapping[str, Any]
-    run: RunState
-    groups: Mapping[str, Group] = field(default_factory=lambda: {"default": Group()})
 
-    @cached_property
-    def family(self) -> Family:
-        return family_of(self.config)
-
-    @cached_property
-    def _stored(self) -> dict[str, tuple[Path, torch.Tensor]]:
-        """name in the files -> its file and the tensor, mapped"""
-        single = self._file == SINGLE
-        names = [SINGLE] if single else sorted(set(_weight_map(self.folder / INDEX).values()))
-        found: dict[str, tuple[Path, torch.Tensor]] = {}
-        for file in names:
-            path = inside(self.folder, file)
-            found |= {name: (path, tensor) for name, tensor in _load(path).items()}
-        return found
-
-    @cached_property
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """name -> tensor, for every tensor that is no alias, each as config.json says"""
-        expected = infos_of(self.config, torch.float32)
-        for name, (path, _) in self._stored.items():
-            if name not in expected and not name.endswith(COMPUTED):
-                raise InputError(f"{path}: holds {name}, which the {self.family.name} model of config.json has not")
-        found = {}
-        for name, info in expected.items():
-            if info.tied_to is not None:
-                continue
-            # Of tied tensors a file may hold one alone, under either name.
-            names = [name, *(alias for alias, other in expected.items() if other.tied_to == name)]
-            at = next((candidate for candidate in names if candidate in self._stored), None)
-            if at is None:
-                raise InputError(f"{self.folder / self._file}: tensor {name} is missing")
-            path, tensor = self._stored[at]
-            if tuple(tensor.shape) != info.shape:
-                raise InputError(f"{path}: {at} has shape {tuple(tensor.shape)}, config.json says {info.shape}")
-            if tensor.dtype not in safetensors.CODES or tensor.layout != torch.strided:
-                raise InputError(f"{path}: {at} is {tensor.dtype}, {tensor.layout}; plain floating point is read")
-            found[name] = tensor
-        return found
-
-    @property
-    def _file(self) -> str:
-        return SINGLE if (self.folder / SINGLE).is_file() else INDEX
-
-    @cached_property
-    def infos(self) -> Mapping[str, Info]:
-        infos = {}
-        for name, info in infos_of(self.config, torch.float32).items():
-            if info.tied_to is None:
-                info = Info(shape=info.shape, slots={"weight": self._tensors[name].dtype})
-            infos[name] = info
-        return infos
-
-    def tiles(self, name: str) -> Sequence[Box]:
-        return row_major_tiles(self.infos[name].shape)
-
-    def collect(self, name: str, spread: Map) -> Any:
-        return None
-
-    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
-        for tensor in out.values():
-            tensor.copy_(self._tensors[name][box])
+def _tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return name -> tensor, for every tensor that is no alias, each as config.json says."""
+    expected, stored = infos_of(config, torch.float32), _stored(folder)
+    for name, (path, _) in stored.items():
+        if name not in expected and not name.endswith(COMPUTED):
+            family = family_of(config).name
+            raise InputError(f"{path}: holds {name}, which the {family} model of config.json has not")
+    found = {}
+    for name, info in expected.items():
+        if info.tied_to is not None:
+            continue
+        # Of tied tensors a file may hold one alone, under either name.
+        names = [name, *(alias for alias, other in expected.items() if other.tied_to == name)]
+        at = next((candidate for candidate in names if candidate in stored), None)
+        if at is None:
+            file = SINGLE if (folder / SINGLE).is_file() else INDEX
+            raise InputError(f"{folder / file}: tensor {name} is missing")
+        path, tensor = stored[at]
+        if tuple(tensor.shape) != info.shape:
+            raise InputError(f"{path}: {at} has shape {tuple(tensor.shape)}, config.json says {info.shape}")
+        if tensor.dtype not in safetensors.CODES or tensor.layout != torch.strided:
+            raise InputError(f"{path}: {at} is {tensor.dtype}, {tensor.layout}; plain floating point is read")
+        found[name] = tensor
+    return found
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -130,11 +93,11 @@ def is_torch_bin(folder: Path) -> bool:
 
 
 def open_torch_bin(folder: Path) -> Source:
-    """Open a Hugging Face folder of `.bin` weights lazily.
+    """Open a Hugging Face folder of `.bin` weights; its tensors stay in the files until they are read.
 
     Raises:
-        InputError: config.json is missing or of no known family; later, when a file is missing, damaged or names
-            anything but tensors, or when a tensor is missing, unknown, or of another shape than config.json says.
+        InputError: config.json is missing or of no known family; a file is missing, damaged or names anything but
+            tensors; a tensor is missing, unknown, or of another shape than config.json says.
     """
     config = read_json(folder / "config.json")
     try:
@@ -142,4 +105,4 @@ def open_torch_bin(folder: Path) -> Source:
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
     about = read_json(folder / "growmerge.json") if (folder / "growmerge.json").is_file() else {}
-    return TorchBinSource(folder=folder, config=config, run=RunState(provenance=about))
+    return MemorySource(config=config, tensors=_tensors(folder, config), run=RunState(provenance=about))

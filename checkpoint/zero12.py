@@ -90,17 +90,15 @@ class Zero12Source:
                 raise InputError(f"{path}: has {len(masters)} parameter groups, not {len(self.flats)}")
             parts: list[dict[Slot, torch.Tensor]] = []
             for number, (flat, master) in enumerate(zip(self.flats, masters, strict=True)):
-                adam = moments.get(number, {})
-                slots = {"master": master, **{slot: adam[slot] for slot in STATE_SLOTS[1:] if slot in adam}}
+                found = {"master": master, **moments.get(number, {})}
+                slots = {slot: found[slot] for slot in STATE_SLOTS if slot in found}
                 if ranks and slots.keys() != ranks[0][number].keys():
                     raise InputError(f"{path}: group {flat.group} has {', '.join(slots)}; rank 0 has other slots")
                 least = min(flat.part, max(0, flat.total - rank * flat.part))
                 for slot, tensor in slots.items():
                     if not least <= tensor.numel() <= flat.part:
-                        raise InputError(
-                            f"{path}: {slot} of group {flat.group} has {tensor.numel()} elements; "
-                            f"its part in a group of {flat.total} over {self.ranks} ranks is {flat.part}"
-                        )
+                        held = f"{slot} of group {flat.group} has {tensor.numel()} elements"
+                        raise InputError(f"{path}: {held}; {flat.total} over {self.ranks} ranks are {flat.part} each")
                 parts.append(slots)
             ranks.append(parts)
         return ranks
@@ -166,7 +164,8 @@ def load_optimizer(path: Path) -> Mapping[str, Any]:
     """
     state = load_pickle(path)
     state = state.get("optimizer_state_dict") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not {"single_partition_of_fp32_groups", "base_optimizer_state"} <= state.keys():
+    needed = {"single_partition_of_fp32_groups", "base_optimizer_state", "partition_count"}
+    if not isinstance(state, dict) or not needed <= state.keys():
         raise InputError(f"{path}: not the optimizer file of a ZeRO-1 or ZeRO-2 run")
     return state
 
@@ -204,25 +203,17 @@ def open_zero12(folder: Path) -> Zero12Source:
         if not path.is_file():
             raise InputError(f"{path}: missing (the checkpoint was written by {ranks} ranks)")
     state = load_optimizer(folder / optim_name(0, bf16))
-    if any(count != ranks for count in state["partition_count"]):
-        raise InputError(f"{folder}: cut over {state['partition_count']} ranks by group (expert parallel); not read")
+    counts = state["partition_count"]
+    if any(count != ranks for count in (counts if isinstance(counts, list) else [counts])):
+        raise InputError(f"{folder}: cut over {counts} ranks by group (expert parallel); not read")
     names, groups = groups_of(base_state(state))
     shapes = model["param_shapes"]
     paddings = state.get("param_alignment_paddings") or [[0] * len(entry) for entry in shapes]
     if [len(entry) for entry in shapes] != [len(entry) for entry in paddings] or len(names) != len(shapes):
         raise InputError(f"{folder / MODEL}: its parameter groups are not those of {optim_name(0, bf16)}")
     flats = tuple(flat_group(*parts, ranks) for parts in zip(names, shapes, paddings, strict=True))
-    trained = {name for flat in flats for name in flat.starts}
-    if any(
-        tensor.tied_to is None and name not in trained for name, tensor in family_of(config).tensors(config).items()
-    ):
+    owned = {name for name, tensor in family_of(config).tensors(config).items() if tensor.tied_to is None}
+    if owned - {name for flat in flats for name in flat.starts}:
         groups.setdefault(FROZEN, Group())
-    return Zero12Source(
-        folder=folder,
-        config=config,
-        run=run_of(model, folder),
-        groups=groups,
-        ranks=ranks,
-        flats=flats,
-        bf16=bf16,
-    )
+    run = run_of(model, folder)
+    return Zero12Source(folder=folder, config=config, run=run, groups=groups, ranks=ranks, flats=flats, bf16=bf16)

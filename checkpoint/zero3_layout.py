@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from checkpoint.layout import FilePlan, Fragment
-from checkpoint.shard import STATE_SLOTS, SubGroup, Topology, numel, part_size
-from checkpoint.source import FACTORS, Group, Slot, Source
-from checkpoint.zero_files import model_name, optim_name
+from checkpoint.shard import STATE_SLOTS, SubGroup, Topology, numel, part_of, part_size
+from checkpoint.source import Group, Slot, Source
+from checkpoint.zero_files import model_name, optim_name, values_of
 from parallel.errors import InputError
 
 DEEPSPEED = "0.19.8"
@@ -119,17 +119,11 @@ def _create_model(path: Path, *, source: Source, topology: Topology, rank: int, 
     offsets = _save_skeleton(path, state, [*module.values(), *parts.values()])
     fragments = []
     for name, shape in topology.frozen:
-        start, stop = _range(shape, topology.ranks, rank)
+        start, stop = part_of(shape, topology.ranks, rank)
         if start < stop:
             at = offsets[id(parts[name])]
             fragments.append(Fragment(offset=at, tensor=name, slot="weight", dtype=dtype, start=start, stop=stop))
     return fragments
-
-
-def _range(shape: Sequence[int], ranks: int, rank: int) -> tuple[int, int]:
-    """Return the elements [start, stop) of a flattened tensor that a rank holds."""
-    count, part = numel(shape), part_size(numel(shape), ranks)
-    return min(rank * part, count), min((rank + 1) * part, count)
 
 
 def _save_skeleton(path: Path, state: object, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
@@ -190,23 +184,17 @@ def _create_optim(path: Path, *, source: Source, topology: Topology, rank: int) 
 
 def _param_groups(source: Source, topology: Topology) -> list[dict[str, Any]]:
     """Return torch's parameter groups, each with its sub-groups' numbers; one whose tensors are all frozen has none."""
-    known = {sub_group.group for sub_group in topology.sub_groups} <= source.groups.keys()
-    apart = {info.group for info in source.infos.values() if not info.trainable}
+    held = {sub_group.group for sub_group in topology.sub_groups}
+    # Groups of frozen tensors alone are ours, not the optimizer's.
+    apart = {info.group for info in source.infos.values() if not info.trainable} - held
+    known = held <= source.groups.keys()
     numbers: dict[str, list[int]] = {name: [] for name in source.groups if known and name not in apart}
     for index, sub_group in enumerate(topology.sub_groups):
         numbers.setdefault(sub_group.group, []).append(index)
-    entries = []
-    for name, params in numbers.items():
-        group = source.groups.get(name, Group())
-        values = {
-            "lr": group.lr * group.lr_factor,
-            "weight_decay": group.weight_decay * group.weight_decay_factor,
-            "eps": group.eps * group.eps_factor,
-            "betas": group.betas,
-            **{key: getattr(group, key) for key in FACTORS},
-        }
-        entries.append({"name": name, **values, "params": params})
-    return entries
+    return [
+        {"name": name, **values_of(source.groups.get(name, Group())), "params": params}
+        for name, params in numbers.items()
+    ]
 
 
 def _fragments(
@@ -220,7 +208,7 @@ def _fragments(
     for sub_group, flat in zip(topology.sub_groups, flat_of, strict=True):
         at = 0
         for name, shape in sub_group.tensors:
-            start, stop = _range(shape, topology.ranks, rank)
+            start, stop = part_of(shape, topology.ranks, rank)
             slots = source.infos[name].slots
             for slot in STATE_SLOTS:
                 if slot in flat and start < stop:

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-3 checkpoints of tensor-parallel runs (AutoTP): the pieces of all ranks, read as whole tensors.
 
-Layout (DeepSpeed 0.19): the files of `checkpoint.zero3`, once for each tensor-parallel rank t (`.._mp_rank_{t:02d}_..`).
+Layout (DeepSpeed 0.19): the files of `checkpoint.zero3`, once for each tensor-parallel rank t (`_mp_rank_{t:02d}_`).
 A matrix is first cut over the tensor-parallel ranks along one dim, in order and not always evenly (131 rows are 66 and
 65), then each piece over the data-parallel ranks as ZeRO-3 cuts any tensor. Which dim may be cut, the family's table
 says: column and vocab cut dim 0, row cuts dim 1. Whether a tensor is cut, the pieces' shapes say (embeddings often are

@@ -83,3 +83,14 @@ def groups_of(optim: Mapping[str, Any]) -> tuple[list[str], dict[str, Group]]:
             **factors,
         )
     return names, groups
+
+
+def values_of(group: Group) -> dict[str, Any]:
+    """Return a group's settings as torch's optimizer keeps them, the factors of growth beside; see `groups_of`."""
+    return {
+        "lr": group.lr * group.lr_factor,
+        "weight_decay": group.weight_decay * group.weight_decay_factor,
+        "eps": group.eps * group.eps_factor,
+        "betas": group.betas,
+        **{key: getattr(group, key) for key in FACTORS},
+    }

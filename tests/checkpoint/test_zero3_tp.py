@@ -68,7 +68,7 @@ THREE = {
         "zero": {"stage": 3},
         "bf16": False,
         "tensor": 3,
-        "model": {**UNEVEN, "num_attention_heads": 6, "num_key_value_heads": 3},
+        "model": {**UNEVEN, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3},
     }
 }
 
@@ -113,8 +113,8 @@ def test_where_a_tensor_is_cut(shape, split, pieces, expected):
         assert bounds(shape, split, pieces) == expected
 
 
-def edit_shapes(folder, edit):
-    path = folder / "zero_pp_rank_0_mp_rank_01_model_states.pt"
+def edit_shapes(folder, edit, rank=1):
+    path = folder / f"zero_pp_rank_0_mp_rank_{rank:02d}_model_states.pt"
     state = torch.load(path, weights_only=True)
     edit(state)
     torch.save(state, path)
@@ -144,6 +144,12 @@ def edit_shapes(folder, edit):
         (
             lambda folder: edit_shapes(folder, lambda state: state.update(mp_world_size=3)),
             "zero_pp_rank_0_mp_rank_02_model_states.pt: missing",
+        ),
+        (
+            lambda folder: edit_shapes(
+                folder, lambda state: state["universal_checkpoint_info"].update(parameter_with_sub_params=[1]), 0
+            ),
+            "zero_pp_rank_0_mp_rank_00_model_states.pt: has fused tensors",
         ),
         (lambda folder: edit_shapes(folder, dict.clear), "_mp_rank_01_model_states.pt: no param_shapes, so not the"),
     ],
