@@ -59,6 +59,8 @@ def _rank(rank: int, world: int, rendezvous: str, body: Callable[..., Any], argu
         value = error
     torch.save(value, f"{rendezvous}.{rank}")
     ranks.barrier()
+    # Without an interpreter's end: threads of torch and DeepSpeed that still run then may abort the process.
+    os._exit(0)
 
 
 def on_ranks(folder: Path, world: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -122,26 +122,29 @@ class ShardEngine(CheckpointEngine):
         source, optimizer = self._source, self._engine.optimizer
         assert source is not None
         shards = read_shard(source, self._topology, self._ranks.rank)
-        state, groups = {}, []
-        live = {group["name"]: group for group in optimizer.param_groups}
+        state = {}
+        groups = {
+            group["name"]: {**{key: value for key, value in group.items() if key != "params"}, "params": []}
+            for group in optimizer.param_groups
+        }
         for index, (sub_group, flat) in enumerate(zip(self._topology.sub_groups, shards, strict=True)):
-            # By the tensors' own group: a checkpoint of another tool may call its groups otherwise.
-            step = source.groups[source.infos[sub_group.tensors[0][0]].group].step
+            # By the tensors' own groups: a checkpoint of another tool may call its groups otherwise, and one that was
+            # not trained there has taken no steps.
+            names = {source.infos[name].group for name, _ in sub_group.tensors}
+            step = max(source.groups[name].step if name in source.groups else 0 for name in names)
             state[index] = {
                 "step": torch.tensor(float(step)),
                 "exp_avg": flat["exp_avg"],
                 "exp_avg_sq": flat["exp_avg_sq"],
             }
-            groups.append(
-                {**{key: value for key, value in live[sub_group.group].items() if key != "params"}, "params": [index]}
-            )
+            groups[sub_group.group]["params"].append(index)
         return {
             "zero_stage": 3,
             "loss_scaler": optimizer.loss_scaler,
             "dynamic_loss_scale": optimizer.dynamic_loss_scale,
             "overflow": False,
             "partition_count": optimizer.partition_count,
-            "optimizer_state_dict": {"state": state, "param_groups": groups},
+            "optimizer_state_dict": {"state": state, "param_groups": list(groups.values())},
             "fp32_flat_groups": [flat["master"] for flat in shards],
         }
 

@@ -82,6 +82,27 @@ def test_resume_is_exact_and_elastic_and_every_tensor_is_read(tmp_path):
     assert source.groups["no_decay"].weight_decay == 0.0
 
 
+def run_in_small_sub_groups(*arguments):
+    """As large models run: DeepSpeed cuts each parameter group into several sub-groups."""
+    from train import engine
+
+    plain = engine.deepspeed_config
+    small = {"sub_group_size": 3000}
+    engine.deepspeed_config = lambda how: {
+        **plain(how),
+        "zero_optimization": {**plain(how)["zero_optimization"], **small},
+    }
+    return run(*arguments)
+
+
+def test_several_sub_groups_a_group_start_and_resume_exactly(tmp_path):
+    (losses, _, _), _ = on_ranks(tmp_path, 2, run_in_small_sub_groups, str(tmp_path / "run"), 0, 3, "float32", 2)
+    source = open_checkpoint(tmp_path / "run" / "step-2")
+    assert len(source.topology.sub_groups) > len(source.groups) == 2
+    resumed = on_ranks(tmp_path, 2, run_in_small_sub_groups, str(tmp_path / "run"), 2, 3, "float32")
+    assert resumed[0][0] == losses[2:]
+
+
 def test_bfloat16_resumes_exactly_and_weights_are_rounded_masters(tmp_path):
     (losses, _, _), _ = on_ranks(tmp_path, 2, run, str(tmp_path / "run"), 0, 4, "bfloat16", 2, False)
     resumed = on_ranks(tmp_path, 2, run, str(tmp_path / "run"), 2, 4, "bfloat16", None, False)
