@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+from checkpoint.pickles import load_pickle
+from checkpoint.shard import STATE_SLOTS, numel
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
-from checkpoint.zero3 import FROZEN, STATE_SLOTS, _groups, config_of, load_pickle, model_name, numel, run_of
+from checkpoint.zero_files import FROZEN, config_of, groups_of, model_name, run_of
 from parallel.errors import InputError
 from parallel.families import Family, family_of
 
@@ -100,7 +102,7 @@ def open_universal(folder: Path) -> UniversalSource:
     with _expected(path):
         # Of the two lists of groups this is the one that all stages have, and that holds all values in our own files.
         state = optim.get("optimizer_state_dict", {}).get("state", {})
-        names, groups = _groups({"param_groups": optim["param_groups"], "state": state})
+        names, groups = groups_of({"param_groups": optim["param_groups"], "state": state})
         group_of = {name: group for group, entry in zip(names, shapes, strict=True) for name in entry}
         if frozen:
             group_of |= dict.fromkeys(frozen, FROZEN)

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from checkpoint.layout import FilePlan, Fragment
+from checkpoint.shard import STATE_SLOTS, SubGroup, Topology
 from checkpoint.source import FACTORS, Group, Slot, Source
 from checkpoint.universal import FILES, OPTIMIZER, PLAIN_MODEL, STEP
-from checkpoint.zero3 import STATE_SLOTS, SubGroup, Topology, model_name
-from checkpoint.zero3_layout import DEEPSPEED, _save_skeleton, topology_of
+from checkpoint.zero3_layout import DEEPSPEED, save_skeleton, topology_of
+from checkpoint.zero_files import model_name
 
 VERSION = 0.4
 """Of the universal format, as DeepSpeed 0.19 counts."""
@@ -86,7 +87,7 @@ def _create_tensor(path: Path, *, source: Source, name: str, slot: Slot) -> list
     row = source.family.tensors(source.config)[name].split == "row"
     path.parent.mkdir(parents=True, exist_ok=True)
     # cat_dim: along which dim an engine of stage 1 or 2 cuts it for tensor parallelism; stage 3 knows itself.
-    offsets = _save_skeleton(path, {"param": tensor, "cat_dim": 1 if row else 0}, [tensor])
+    offsets = save_skeleton(path, {"param": tensor, "cat_dim": 1 if row else 0}, [tensor])
     stored: Slot = "weight" if slot == "master" and slot not in info.slots else slot
     if stored not in info.slots:
         return []

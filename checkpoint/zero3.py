@@ -19,10 +19,8 @@ import torch
 
 from checkpoint.pickles import load_pickle
 from checkpoint.shard import STATE_SLOTS, SubGroup, Topology, flat_runs, numel, part_size
-from checkpoint.shard import read_shard as read_shard
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, box_shape, row_major_tiles
-from checkpoint.zero_files import FROZEN, config_of, load_model, model_name, optim_name, run_of
-from checkpoint.zero_files import groups_of as _groups
+from checkpoint.zero_files import FROZEN, config_of, groups_of, load_model, model_name, optim_name, run_of
 from parallel.errors import InputError
 from parallel.families import Family, family_of
 
@@ -200,7 +198,7 @@ def open_rank(folder: Path, tensor_rank: int, tensor_ranks: int) -> Zero3Source:
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name}: missing (the checkpoint was written by {ranks} ranks)")
     optim = load_pickle(folder / optim_name(0, bf16, tensor_rank))["optimizer_state_dict"]["optimizer_state_dict"]
-    names, groups = _groups(optim)
+    names, groups = groups_of(optim)
     sub_groups = tuple(
         SubGroup(group=group, tensors=tuple((name, tuple(shape)) for name, shape in shapes.items()))
         for group, shapes in zip(names, model["param_shapes"], strict=True)

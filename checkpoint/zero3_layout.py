@@ -116,7 +116,7 @@ def _create_model(path: Path, *, source: Source, topology: Topology, rank: int, 
         "ds_version": DEEPSPEED,
         "growmerge": {"tokens": run.tokens, "samples": run.samples, "seed": run.seed},
     }
-    offsets = _save_skeleton(path, state, [*module.values(), *parts.values()])
+    offsets = save_skeleton(path, state, [*module.values(), *parts.values()])
     fragments = []
     for name, shape in topology.frozen:
         start, stop = part_of(shape, topology.ranks, rank)
@@ -126,7 +126,7 @@ def _create_model(path: Path, *, source: Source, topology: Topology, rank: int, 
     return fragments
 
 
-def _save_skeleton(path: Path, state: object, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+def save_skeleton(path: Path, state: object, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
     """Write a `.pt` file at its full size, data zero, and return the byte offset of each tensor's data, by `id`.
 
     `tensors` are all that the state holds, in the order in which the pickler meets them: so it numbers their storages.
@@ -174,7 +174,7 @@ def _create_optim(path: Path, *, source: Source, topology: Topology, rank: int) 
         "ds_version": DEEPSPEED,
     }
     order = [tensor for moments in adam.values() for tensor in moments.values()]
-    offsets = _save_skeleton(path, state, [*order, *(flat["master"] for flat in flat_of)])
+    offsets = save_skeleton(path, state, [*order, *(flat["master"] for flat in flat_of)])
     with path.open("r+b") as file:
         for step, value in steps:
             file.seek(offsets[id(step)])

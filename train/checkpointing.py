@@ -16,8 +16,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 
 from checkpoint import manifest
 from checkpoint.files import disk_errors, write_bytes
+from checkpoint.shard import Topology, read_shard
 from checkpoint.source import Source
-from checkpoint.zero3 import Topology, read_shard
 from parallel.errors import InputError
 from parallel.faults import point
 from parallel.ranks import Ranks

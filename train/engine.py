@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from checkpoint.shard import SubGroup, Topology
 from checkpoint.source import FACTORS, Group, Source
-from checkpoint.zero3 import SubGroup, Topology
 from parallel.errors import InputError
 from parallel.families import family_of
 from parallel.ranks import Ranks, device

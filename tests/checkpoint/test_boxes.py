@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint.shard import flat_runs
 from checkpoint.source import flat_boxes, row_major_tiles
-from checkpoint.zero3 import flat_runs
 
 shapes = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
 

@@ -9,8 +9,8 @@ from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import read_tensor
 from checkpoint.writer import write_checkpoint
-from checkpoint.zero3 import model_name
 from checkpoint.zero3_layout import Zero3Layout, topology_of
+from checkpoint.zero_files import model_name
 from parallel.errors import InputError
 from upscale.grow import Recipe, grow
 

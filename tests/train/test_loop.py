@@ -13,7 +13,7 @@ from tiny import on_ranks, tiny_config
 from checkpoint import manifest
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
-from checkpoint.zero3 import load_pickle
+from checkpoint.pickles import load_pickle
 from eval.evaluate import evaluate_model
 from eval.model import load_model
 from parallel.errors import InputError
