@@ -43,6 +43,6 @@ def load_pickle(path: Path, kind: str = "DeepSpeed file") -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
-    except Exception as error:
+    except Exception as error:  # torch.load raises errors of many kinds for a damaged or hostile file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: damaged, or not a plain {kind} ({reason[:200]})") from error
