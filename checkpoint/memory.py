@@ -12,7 +12,7 @@ import torch
 
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import NORMS, Family, family_of
 
 
 def infos_of(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Info]:
@@ -64,7 +64,7 @@ class MemorySource:
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchSource:
-    """A model that starts from scratch: normal weights, norms at 1, the same whatever box is read by whom.
+    """A model from scratch: normal weights, norms that multiply by 1, the same whatever box is read by whom.
 
     Matrices and embeddings have standard deviation 1/sqrt(hidden); o_proj and down_proj, which write into the
     residual stream, are divided by sqrt(2 * layers) (GPT-2, section 2.3; the paper's nanotron does the same).
@@ -96,8 +96,8 @@ class ScratchSource:
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
         tensor = self.family.tensors(self.config)[name]
         for target in out.values():
-            if tensor.kind in ("norm", "final_norm"):
-                target.fill_(1.0)
+            if tensor.kind in NORMS:
+                target.fill_(1.0 - self.family.norm_offset)
             elif tensor.kind == "bias":
                 target.zero_()
             else:

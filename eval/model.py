@@ -48,12 +48,12 @@ def _compare(source: Source, shapes: dict[str, torch.Size]) -> None:
 
 
 def _recompute_buffers(model: PreTrainedModel) -> None:
-    """Compute what checkpoints do not hold: a module with buffers (a rotary embedding) is made again from its config.
+    """Compute what checkpoints do not hold, such as rotary frequencies, which `to_empty` leaves uninitialised.
 
-    `to_empty` leaves buffers uninitialised, and the names of their values are not the same in every model.
+    The model's own initialisation knows how; it passes over parameters that are marked.
     """
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
-            fresh = type(module)(module.config)
-            for name, buffer in fresh.named_buffers(recurse=False):
-                getattr(module, name).copy_(buffer)
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True
+            model._init_weights(module)

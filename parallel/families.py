@@ -7,12 +7,14 @@ Axes: vocab (V), hidden (D), q (H * head_dim), kv (K * head_dim), ffn (F), head_
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from parallel.errors import InputError, one_of
 
-Kind = Literal["embedding", "matrix", "norm", "final_norm", "head", "bias"]
+Kind = Literal["embedding", "matrix", "norm", "post_norm", "final_norm", "head", "bias"]
+"""A post_norm acts on what a sublayer adds to the residual stream, a norm on what it reads."""
+NORMS: tuple[Kind, ...] = ("norm", "post_norm", "final_norm")
 Split = Literal["column", "row", "vocab", "none"]
 
 
@@ -65,6 +67,12 @@ class Family:
     """What a config without `head_dim` means; hidden_size / num_attention_heads if None."""
     logits_divisor: str | None = None
     """The config key, if there is one, by which the model divides its logits."""
+    norm_offset: float = 0.0
+    """Norms multiply by this plus their weight."""
+    scaled_embeddings: bool = False
+    """The model multiplies its embeddings by sqrt(hidden_size)."""
+    whole_heads: bool = False
+    """transformers refuses a hidden size that is no multiple of the number of query heads."""
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Return whether the head is the embedding."""
@@ -141,8 +149,8 @@ def _linear(
     return tuple(rows)
 
 
-def _norms(*names: str, axis: str = "hidden") -> tuple[Row, ...]:
-    return tuple(Row(name=f"{_LAYER}{name}.weight", axes=(axis,), kind="norm", split="none") for name in names)
+def _norms(*names: str, axis: str = "hidden", kind: Kind = "norm") -> tuple[Row, ...]:
+    return tuple(Row(name=f"{_LAYER}{name}.weight", axes=(axis,), kind=kind, split="none") for name in names)
 
 
 def _attention(*, qkv_bias: str | bool = False, o_bias: str | bool = False) -> tuple[Row, ...]:
@@ -181,6 +189,7 @@ LLAMA = Family(
     model_types=("llama",),
     rows=_model(*_OPTIONAL_BIAS, *_mlp("mlp_bias"), *_TWO_NORMS),
     tied=_TIED,
+    whole_heads=True,
 )
 MISTRAL = Family(name="mistral", model_types=("mistral",), rows=_model(*_attention(), *_mlp(), *_TWO_NORMS), tied=_TIED)
 QWEN2 = Family(
@@ -204,7 +213,33 @@ GRANITE = Family(
     logits_divisor="logits_scaling",
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)}
+_FOUR_NORMS = (
+    *_norms("input_layernorm"),
+    *_norms("post_attention_layernorm", kind="post_norm"),
+    *_norms("pre_feedforward_layernorm"),
+    *_norms("post_feedforward_layernorm", kind="post_norm"),
+)
+GEMMA2 = Family(
+    name="gemma2",
+    model_types=("gemma2",),
+    rows=_model(*_OPTIONAL_BIAS, *_mlp(), *_FOUR_NORMS),
+    tied=_TIED,
+    tied_by_default=True,
+    head_dim=256,
+    norm_offset=1.0,
+    scaled_embeddings=True,
+    whole_heads=True,
+)
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3",
+    model_types=("gemma3_text",),
+    rows=_model(*_OPTIONAL_BIAS, *_HEAD_NORMS, *_mlp(), *_FOUR_NORMS),
+)
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, GEMMA2, GEMMA3)
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

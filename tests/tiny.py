@@ -49,12 +49,14 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
     return model.eval()
 
 
-def _rank(rank: int, world: int, rendezvous: str, body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world: int, rendezvous: str, body: Callable[..., Any], given: tuple[Any, ...], named: dict[str, Any]
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     ranks = connect(rank, world, rendezvous=Path(rendezvous))
     try:
-        value = body(ranks, *arguments)
+        value = body(ranks, *given, **named)
     except InputError as error:
         value = error
     torch.save(value, f"{rendezvous}.{rank}")
@@ -63,8 +65,8 @@ def _rank(rank: int, world: int, rendezvous: str, body: Callable[..., Any], argu
     os._exit(0)
 
 
-def on_ranks(folder: Path, world: int, body: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run `body(ranks, *arguments)` on real processes over gloo and return what each rank returned."""
+def on_ranks(folder: Path, world: int, body: Callable[..., Any], *given: Any, **named: Any) -> list[Any]:
+    """Run `body(ranks, *given, **named)` on real processes over gloo and return what each rank returned."""
     rendezvous = folder / f"meet-{len(list(folder.iterdir()))}"
-    torch.multiprocessing.spawn(_rank, args=(world, str(rendezvous), body, arguments), nprocs=world)
+    torch.multiprocessing.spawn(_rank, args=(world, str(rendezvous), body, given, named), nprocs=world)
     return [torch.load(f"{rendezvous}.{rank}", weights_only=False) for rank in range(world)]  # written by _rank above

@@ -18,7 +18,7 @@ import torch
 from checkpoint.shard import SubGroup, Topology
 from checkpoint.source import FACTORS, Group, Source
 from parallel.errors import InputError
-from parallel.families import family_of
+from parallel.families import NORMS, family_of
 from parallel.ranks import Ranks, device
 from train.checkpointing import ShardEngine
 
@@ -96,7 +96,7 @@ def parameter_groups(
     table = family_of(source.config).tensors(source.config)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        vector = table[name].kind in ("norm", "final_norm", "bias")
+        vector = table[name].kind in (*NORMS, "bias")
         grown = source.groups.get(source.infos[name].group, Group())
         factors = {key: getattr(grown, key) if key in DYNAMICS[dynamics] else 1.0 for key in FACTORS}
         mark = source.infos[name].group.partition("/")[2]
@@ -118,11 +118,13 @@ def build_model(config: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torc
     """Build the stock transformers model, every parameter cut over the ranks as it is made; weights are not set."""
     deepspeed = _import_deepspeed()
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     hf_config = AutoConfig.for_model(**config)
     hf_config.use_cache = False
-    with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)):
+    with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)), no_init_weights():
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    model.tie_weights()
     # zero.Init makes every float tensor in the run's dtype; rotary frequencies lose too much in bfloat16.
     for module in model.modules():
         for name, child in module.named_children():

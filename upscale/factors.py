@@ -126,10 +126,10 @@ def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGro
         group = sizes["q"] // (sizes["kv"] // sizes["head_dim"])
         found["q"] = AxisGrowth(size=sizes["q"], copies=heads, run=group, repeats=heads // kv_heads)
     grown = grown_config(recipe, config)
-    if grown["model_type"] == "llama" and grown["hidden_size"] % grown["num_attention_heads"]:
+    if family_of(config).whole_heads and grown["hidden_size"] % grown["num_attention_heads"]:
         raise InputError(
             f"hidden size {grown['hidden_size']} and {grown['num_attention_heads']} heads after growth: "
-            "transformers' Llama allows a hidden size that is a multiple of the heads alone"
+            f"transformers' {grown['model_type']} allows a hidden size that is a multiple of the heads alone"
         )
     return found
 
@@ -150,6 +150,18 @@ def grown_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": config["intermediate_size"] * factors["ffn"],
         "head_dim": family_of(config).axes(config)["head_dim"],
     }
+
+
+def residual_scale(tensor: Tensor, axes: Mapping[str, AxisGrowth], config: Mapping[str, Any]) -> float:
+    """Return what a tensor that writes into the residual stream is multiplied by, so that all of the stream is.
+
+    Embeddings that the model multiplies by sqrt(hidden_size) are sqrt(copies) times as large after growth, and so has
+    to be what a sublayer adds. The norms that read the stream do not notice, but for their eps: a relative change of
+    eps / (2 * mean square) * (1 - 1 / copies).
+    """
+    if tensor.kind == "post_norm" and family_of(config).scaled_embeddings:
+        return math.sqrt(axes["hidden"].copies)
+    return 1.0
 
 
 def divided_dim(tensor: Tensor, config: Mapping[str, Any]) -> int | None:

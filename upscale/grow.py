@@ -27,7 +27,7 @@ from checkpoint.source import (
     row_major_tiles,
 )
 from parallel.errors import InputError, one_of
-from parallel.families import Family, Tensor
+from parallel.families import NORMS, Family, Tensor
 from upscale.factors import AxisGrowth, Recipe, Run, axis_growths, divided_dim, grown_config
 from upscale.split import (
     cancelling_noise,
@@ -37,6 +37,7 @@ from upscale.split import (
     normal_at,
     symmetric,
     uniform_at,
+    whole_to_one,
 )
 from upscale.state import Rule, rule_of
 
@@ -192,6 +193,11 @@ class GrownSource:
     ) -> Shares:
         """Divide a box of the small weight and master among the copies of one dim, for one copy of the others."""
         whole: Values = {slot: small[slot] for slot in SLOTS[:2] if slot in small}
+        # What a norm adds to its weight is scaled and shared with it.
+        offset = self.family.norm_offset if self._tensors[name].kind in NORMS else 0.0
+        scale = self.rule(name).scale
+        if scale != 1.0:
+            whole = {slot: (values.float() + offset) * scale - offset for slot, values in whole.items()}
         if divided is None:
             return {slot: [values] for slot, values in whole.items()}
         copies = self.growths(name)[divided].copies
@@ -203,7 +209,7 @@ class GrownSource:
             # Where the outputs have no copies of their own, a whole value for one input leaves the others unused.
             alone = self.recipe.method == "diagonal" and self.rule(name).r_out > 1
             parts = {
-                slot: diagonal(values, copies, output) if alone else symmetric(values, copies)
+                slot: diagonal(values, copies, output) if alone else symmetric(values, copies, offset)
                 for slot, values in whole.items()
             }
             if noise:
@@ -214,6 +220,9 @@ class GrownSource:
         def uniform(level: int) -> torch.Tensor:
             return uniform_at(f"{key}/{level}", box)
 
+        if offset:
+            # Shares of offset + weight are seldom numbers of the dtype, but the whole and nothing are.
+            return {slot: whole_to_one(values, copies, offset, uniform(0)) for slot, values in whole.items()}
         found: Shares = {"weight": exact_split(whole["weight"], copies, uniform)} if "weight" in whole else {}
         if "master" in whole:
             found["master"] = exact_split_master(found["weight"], whole["weight"], whole["master"])

@@ -20,12 +20,13 @@ Uniform = Callable[[int], torch.Tensor]
 """From a level of the split to numbers in [0, 1), float32, in the block's shape, that may be overwritten."""
 
 
-def symmetric(block: torch.Tensor, copies: int) -> list[torch.Tensor]:
-    """Return equal shares, block / copies, in float32.
+def symmetric(block: torch.Tensor, copies: int, offset: float = 0.0) -> list[torch.Tensor]:
+    """Return equal shares, block / copies, in float32; of offset + block, less the offset, if the model adds one.
 
     Copies made so stay equal for ever (muPscaling, arXiv 2602.10545): training cannot tell them apart.
     """
-    return [block.float() / copies] * copies
+    share = block.float() / copies
+    return [share + (offset / copies - offset) if offset else share] * copies
 
 
 def diagonal(block: torch.Tensor, copies: int, output: int) -> list[torch.Tensor]:
@@ -35,6 +36,15 @@ def diagonal(block: torch.Tensor, copies: int, output: int) -> list[torch.Tensor
     """
     whole, nothing = block.float(), torch.zeros(block.shape)
     return [whole if copy == output % copies else nothing for copy in range(copies)]
+
+
+def whole_to_one(block: torch.Tensor, copies: int, offset: float, uniform: torch.Tensor) -> list[torch.Tensor]:
+    """Return offset + block to one of the copies, which a random number decides for each value, and 0 to the others.
+
+    In the block's dtype and less the offset, which the model adds: exact in any dtype.
+    """
+    chosen = (uniform * copies).floor()
+    return [torch.where(chosen == copy, block, torch.full_like(block, -offset)) for copy in range(copies)]
 
 
 def cancelling_noise(std: float, copies: int, normal: Uniform) -> list[torch.Tensor]:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint.source import Group, Slot
+from checkpoint.source import FACTORS, Group, Slot
 from parallel.families import Tensor
-from upscale.factors import AxisGrowth, divided_dim
+from upscale.factors import AxisGrowth, divided_dim, residual_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,29 +20,38 @@ class Rule:
     """What growth by copying does to a tensor's gradient, and so to the optimizer's state and settings.
 
     With r_out copies on the outputs and r_in on the inputs, a gradient is divided by r_out (each copy of an output gets
-    its share), and a step of the small model's size has to move each of r_in shares: derived in docs/growth.md.
+    its share), and a step of the small model's size has to move each of r_in shares; where the output is scaled, the
+    gradient is divided by the scale, and the step multiplied: derived in docs/growth.md.
     """
 
     r_out: int
     """Copies along the dims that are copied whole."""
     r_in: int
     """Copies that share a value."""
+    scale: float = 1.0
+    """What the tensor is multiplied by (`residual_scale`)."""
 
-    def divisor(self, slot: Slot) -> int:
+    @property
+    def gradient_divisor(self) -> float:
+        """What the gradient of every copy is divided by."""
+        return self.r_out * self.scale
+
+    def divisor(self, slot: Slot) -> float:
         """Return what a slot's values are divided by in every copy: the gradient's mean once, its square's twice."""
-        return {"exp_avg": self.r_out, "exp_avg_sq": self.r_out**2}.get(slot, 1)
+        return {"exp_avg": self.gradient_divisor, "exp_avg_sq": self.gradient_divisor**2}.get(slot, 1.0)
 
     def group(self, name: str, group: Group) -> tuple[str, Group]:
         """Return the parameter group, and its name, that keeps the small model's training: factors compose."""
         grown = replace(
             group,
-            lr_factor=group.lr_factor / self.r_in,
-            weight_decay_factor=group.weight_decay_factor * self.r_in,
-            eps_factor=group.eps_factor / self.r_out,
-            norm_weight=group.norm_weight * self.r_out / self.r_in,
+            lr_factor=group.lr_factor / self.r_in * self.scale,
+            weight_decay_factor=group.weight_decay_factor * self.r_in / self.scale,
+            eps_factor=group.eps_factor / self.gradient_divisor,
+            norm_weight=group.norm_weight * self.gradient_divisor**2 / (self.r_out * self.r_in),
         )
-        into, out = round(1 / grown.lr_factor), round(1 / grown.eps_factor)
-        return (f"{name.partition('/')[0]}/in{into}-out{out}", grown) if into * out > 1 else (name, grown)
+        if all(getattr(grown, factor) == 1 for factor in FACTORS):
+            return name, grown
+        return f"{name.partition('/')[0]}/in{1 / grown.lr_factor:.6g}-out{1 / grown.eps_factor:.6g}", grown
 
 
 def rule_of(tensor: Tensor, axes: Mapping[str, AxisGrowth], config: Mapping[str, Any]) -> Rule:
@@ -52,4 +61,5 @@ def rule_of(tensor: Tensor, axes: Mapping[str, AxisGrowth], config: Mapping[str,
     return Rule(
         r_out=math.prod(count for dim, count in enumerate(copies) if dim != divided),
         r_in=1 if divided is None else copies[divided],
+        scale=residual_scale(tensor, axes, config),
     )

@@ -104,7 +104,7 @@ def check_gradients(
     before, after = found
     mean = single = 0.0
     for name, gradient in before.items():
-        wanted = gradient.numpy() / rules[name].r_out
+        wanted = gradient.numpy() / rules[name].gradient_divisor
         values = after[name].numpy()
         places = [_places(growth) for growth in growths[name]]
         copies = [values[np.ix_(*place)] for place in product(*places)]

@@ -32,9 +32,9 @@ HOW = EngineConfig(
 )
 
 
-def run(ranks, start, folder, first, last, precision="float32", dynamics="free", tied=True):
+def run(ranks, start, folder, first, last, precision="float32", dynamics="free", **model):
     """Train steps [first, last) from a folder, or from scratch; save at STOP; return losses and gradient norms."""
-    source = open_checkpoint(start) if start else ScratchSource(config=tiny_config(tie_word_embeddings=tied), seed=1)
+    source = open_checkpoint(start) if start else ScratchSource(config=tiny_config(**model), seed=1)
     share = BATCH // ranks.world_size
     engine = Engine(source, replace(HOW, micro_batch=share, precision=precision, dynamics=dynamics), ranks)
     losses, norms = [], []
@@ -76,7 +76,7 @@ TABLE = {
 
 @pytest.mark.parametrize(("precision", "tied"), [("float32", True), ("bfloat16", False)])
 def test_moments_follow_the_formula_element_by_element(tmp_path, precision, tied):
-    on_ranks(tmp_path, 2, run, None, str(tmp_path), 0, STOP, precision, "free", tied)
+    on_ranks(tmp_path, 2, run, None, str(tmp_path), 0, STOP, precision, tie_word_embeddings=tied)
     small = open_checkpoint(tmp_path / "stop")
     grown = open_checkpoint(grown_to(tmp_path, tmp_path / "grown", 3, state="scaled"))
     assert (grown.run.step, grown.run.tokens) == (STOP, 7)
@@ -134,6 +134,21 @@ def test_the_grown_run_goes_on_as_the_small_one_would(tmp_path, monkeypatch):
     assert goes_on("mup", dynamics="mup", state="scaled") > 1e-5
     monkeypatch.setattr(Rule, "divisor", lambda self, slot: 1)
     assert goes_on("undivided", state="scaled") > 1e-3
+
+
+def test_a_grown_gemma_goes_on_as_the_small_one_would(tmp_path):
+    """Its residual stream is sqrt(2) times as large: norms of what is added to it are, too, and so are their steps."""
+    last = STOP + 12
+    gemma = {"model_type": "gemma3_text", "num_hidden_layers": 1}
+    (small, norms), _ = on_ranks(tmp_path, 2, run, None, str(tmp_path), 0, last, **gemma)
+    assert min(norms[STOP:]) > HOW.clip
+    folder = grown_to(tmp_path, tmp_path / "grown", 3, method="symmetric", state="scaled")
+    losses = on_ranks(tmp_path, 3, run, str(folder), None, STOP, last, "float32", "preserve")[0][0]
+    assert losses == pytest.approx(small[STOP:], abs=1e-5)
+    grown, source = open_checkpoint(folder), open_checkpoint(tmp_path / "stop")
+    name = "model.layers.0.post_attention_layernorm.weight"
+    before, after = (read_tensor(each, name, "exp_avg").double() for each in (source, grown))
+    torch.testing.assert_close(after, before.repeat(2) / 2**1.5, rtol=1e-6, atol=0)
 
 
 def test_factors_compose_when_a_grown_run_is_grown_again(tmp_path):
