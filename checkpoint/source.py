@@ -185,8 +185,8 @@ def read_tensor(source: Source, name: str, slot: Slot = "weight", dtype: torch.d
 
 
 @dataclass(frozen=True)
-class WithoutState:
-    """A source's weights and masters alone, at step 0: what a new run starts from."""
+class Wrapped:
+    """A source that says what another one says: the start of those that change one thing."""
 
     source: Source
 
@@ -197,6 +197,31 @@ class WithoutState:
     @property
     def config(self) -> Mapping[str, Any]:
         return self.source.config
+
+    @property
+    def infos(self) -> Mapping[str, Info]:
+        return self.source.infos
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        return self.source.groups
+
+    @property
+    def run(self) -> RunState:
+        return self.source.run
+
+    def tiles(self, name: str) -> Sequence[Box]:
+        return self.source.tiles(name)
+
+    def collect(self, name: str, spread: Map) -> Any:
+        return self.source.collect(name, spread)
+
+    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
+        self.source.read(name, box, out, stats)
+
+
+class WithoutState(Wrapped):
+    """A source's weights and masters alone, at step 0: what a new run starts from."""
 
     @cached_property
     def infos(self) -> Mapping[str, Info]:
@@ -212,12 +237,3 @@ class WithoutState:
     @property
     def run(self) -> RunState:
         return RunState(provenance=self.source.run.provenance)
-
-    def tiles(self, name: str) -> Sequence[Box]:
-        return self.source.tiles(name)
-
-    def collect(self, name: str, spread: Map) -> Any:
-        return self.source.collect(name, spread)
-
-    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
-        self.source.read(name, box, out, stats)

@@ -1,4 +1,6 @@
-"""Any Source, on disk or in memory, as a stock transformers model."""
+"""Any Source, on disk or in memory, as a stock transformers model, whole or a module at a time."""
+
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -16,23 +18,69 @@ def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrained
     Raises:
         InputError: the source lacks a tensor of the model, has one too many, or one of another shape.
     """
-    settings = {key: value for key, value in source.config.items() if key != "model_type"}
-    config = AutoConfig.for_model(source.config["model_type"], **settings)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    parameters = set(dict(model.named_parameters()))
-    _compare(source, {name: model.get_parameter(name).shape for name in sorted(parameters)})
+    model = _empty_model(source, dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
     _recompute_buffers(model)
     with torch.no_grad():
-        for name in source.infos:
-            if name in parameters:
-                target = model.get_parameter(name)
-                stats = source.collect(name, map)
-                for box in source.tiles(name):
-                    source.read(name, box, {"weight": target[box]}, stats)
+        for name, parameter in model.named_parameters():
+            _fill(source, name, parameter)
     return model.eval()
+
+
+def stream_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return a model as `load_model` does, for inference, that reads a module's weights when it is called.
+
+    They are given back at once, so that the largest tensor is all that is ever held; every call reads the source anew.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    model = _empty_model(source, dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    _recompute_buffers(model)
+    for path, module in model.named_modules():
+        names = {name: f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        if names:
+            _read_when_called(module, source, {key: source.infos[name].tied_to or name for key, name in names.items()})
+    return model.eval()
+
+
+def _read_when_called(module: torch.nn.Module, source: Source, names: dict[str, str]) -> None:
+    """Let a module have its parameters while it computes; `names` are those of the source by the module's own."""
+    empty = {key: module.get_parameter(key) for key in names}
+
+    def take(*_: Any) -> None:
+        for key, name in names.items():
+            values = torch.empty_like(empty[key], device="cpu", requires_grad=False)
+            _fill(source, name, values)
+            setattr(module, key, torch.nn.Parameter(values, requires_grad=False))
+
+    def give_back(*_: Any) -> None:
+        for key, parameter in empty.items():
+            setattr(module, key, parameter)
+
+    module.register_forward_pre_hook(take)
+    module.register_forward_hook(give_back)
+
+
+def _fill(source: Source, name: str, target: torch.Tensor) -> None:
+    stats = source.collect(name, map)
+    with torch.no_grad():
+        for box in source.tiles(name):
+            source.read(name, box, {"weight": target[box]}, stats)
+
+
+def _empty_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a source's config without any data, its parameters compared with the source's tensors."""
+    settings = {key: value for key, value in source.config.items() if key != "model_type"}
+    config = AutoConfig.for_model(source.config["model_type"], **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _compare(source, {name: parameter.shape for name, parameter in model.named_parameters()})
+    return model
 
 
 def _compare(source: Source, shapes: dict[str, torch.Size]) -> None:

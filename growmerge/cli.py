@@ -2,13 +2,17 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from growmerge import __version__
 from parallel.errors import InputError
+
+if TYPE_CHECKING:
+    from growmerge.convert import Target
 
 ROOMS = ("checkpoint", "eval", "merge", "parallel", "slurm", "train", "upscale")
 
@@ -96,33 +100,45 @@ def report(workdir: Path) -> None:
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Read every byte and compare checksums.")
-def inspect(checkpoint: Path, check: bool) -> None:
+@click.option("--finite", is_flag=True, help="Read every value; a NaN or an infinity is an error.")
+def inspect(checkpoint: Path, check: bool, finite: bool) -> None:
     """Say what a CHECKPOINT folder is: format, tensors, sizes, provenance, and whether it is whole."""
     from growmerge.inspect import print_checkpoint
 
-    print_checkpoint(checkpoint, check=check)
+    print_checkpoint(checkpoint, check=check, finite=finite)
 
 
 def _targets(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what `grow` and `convert` know of their output."""
+    """Add what `grow` and `convert` know of their output: an argument each, named as in `growmerge.convert.Target`."""
     options = [
         click.argument("source", type=click.Path(path_type=Path)),
-        click.argument("target", type=click.Path(path_type=Path)),
-        click.option(
-            "--format", "kind", default="safetensors", show_default=True, help="safetensors, zero3 or universal."
-        ),
+        click.argument("folder", type=click.Path(path_type=Path), metavar="TARGET"),
+        click.option("--format", default="safetensors", show_default=True, help="safetensors, zero3 or universal."),
         click.option("--dtype", help="float32, bfloat16 or float16; the source's own by default."),
         click.option(
             "--shard-gb", type=float, default=5.0, show_default=True, help="safetensors: size of a shard (GB)."
         ),
         click.option(
-            "--dp", type=int, default=1, show_default=True, help="zero3: data-parallel ranks that will load it."
+            "--dp",
+            "ranks",
+            type=int,
+            default=1,
+            show_default=True,
+            help="zero3: data-parallel ranks that will load it.",
         ),
         click.option("--workers", type=int, help="Threads; the machine's cores by default."),
+        click.option("--finite", is_flag=True, help="Refuse a source with a NaN or an infinity."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _target(given: dict[str, Any]) -> "Target":
+    """Take what `_targets` added out of a command's arguments."""
+    from growmerge.convert import Target
+
+    return Target(**{field.name: given.pop(field.name) for field in fields(Target)})
 
 
 @main.command()
@@ -143,25 +159,22 @@ def _targets(command: Callable[..., None]) -> Callable[..., None]:
     help="Grow Adam's moments and steps, too: scaled (default), or asymmetric: zero in all copies but the first.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides unequal shares and noise.")
-def grow(
-    source: Path, target: Path, kind: str, dtype: str, shard_gb: float, dp: int, workers: int, **recipe: Any
-) -> None:
+def grow(source: Path, **given: Any) -> None:
     """Grow the checkpoint SOURCE into the folder TARGET without changing its function, in bounded memory."""
-    from growmerge.convert import Target, grow_checkpoint
+    from growmerge.convert import grow_checkpoint
     from upscale.factors import Recipe
 
-    where = Target(folder=target, format=kind, dtype=dtype, shard_gb=shard_gb, ranks=dp, workers=workers)
-    click.echo(grow_checkpoint(source, where, Recipe(**recipe)))
+    target = _target(given)
+    click.echo(grow_checkpoint(source, target, Recipe(**given)))
 
 
 @main.command()
 @_targets
-def convert(source: Path, target: Path, kind: str, dtype: str, shard_gb: float, dp: int, workers: int) -> None:
+def convert(source: Path, **given: Any) -> None:
     """Write the checkpoint SOURCE into the folder TARGET in another format, in bounded memory."""
-    from growmerge.convert import Target, convert_checkpoint
+    from growmerge.convert import convert_checkpoint
 
-    where = Target(folder=target, format=kind, dtype=dtype, shard_gb=shard_gb, ranks=dp, workers=workers)
-    click.echo(convert_checkpoint(source, where))
+    click.echo(convert_checkpoint(source, _target(given)))
 
 
 @main.command()
@@ -169,12 +182,13 @@ def convert(source: Path, target: Path, kind: str, dtype: str, shard_gb: float, 
 @click.argument("grown", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score; a short English one by default.")
 @click.option("--tokens", type=int, default=1024, show_default=True, help="Tokens of it at most.")
+@click.option("--by-module", is_flag=True, help="Hold a module at a time; so by itself where memory is short.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(small: Path, grown: Path, text: Path | None, tokens: int, as_json: bool) -> None:
+def verify(small: Path, grown: Path, text: Path | None, tokens: int, by_module: bool, as_json: bool) -> None:
     """Compare GROWN with SMALL on text: logits, KL, argmax, clone symmetry, gradients. Exit 1 if not preserved."""
     from growmerge.verify import print_verification
 
-    sys.exit(print_verification(small, grown, text=text, tokens=tokens, as_json=as_json))
+    sys.exit(print_verification(small, grown, text=text, tokens=tokens, by_module=by_module, as_json=as_json))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from checkpoint import manifest
 from checkpoint.files import read_json
+from checkpoint.finite import Finite, NotFiniteError
 from checkpoint.layout import Layout
 from checkpoint.open import open_checkpoint
 from checkpoint.provenance import descend
@@ -46,6 +48,8 @@ class Target:
     """zero3: data-parallel ranks of the run that will load it."""
     workers: int | None = None
     """Threads; the machine's cores by default."""
+    finite: bool = False
+    """Refuse a source that holds a NaN or an infinity."""
 
 
 def _safetensors(source: Source, target: Target) -> Layout:
@@ -77,7 +81,7 @@ def grow_checkpoint(source: Path, target: Target, recipe: Recipe) -> str:
     Raises:
         InputError: the recipe does not fit, the source is damaged, the target is taken or cannot be written.
     """
-    small = open_checkpoint(source)
+    small = _open(source, target)
     if recipe.state != "reset" and not any("exp_avg" in info.slots for info in small.infos.values()):
         raise InputError(f"{source}: has no optimizer state to grow; leave out --with-optimizer")
     if recipe.state != "reset" and target.format == "safetensors":
@@ -91,9 +95,14 @@ def convert_checkpoint(source: Path, target: Target) -> str:
     Raises:
         InputError: as `grow_checkpoint`.
     """
-    opened = open_checkpoint(source)
+    opened = _open(source, target)
     kept = WithoutState(opened) if target.format == "safetensors" else opened
     return _write(source, kept, target, {"verb": "convert", "recipe": {}})
+
+
+def _open(path: Path, target: Target) -> Source:
+    source = open_checkpoint(path)
+    return Finite(source, path) if target.finite else source
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -126,13 +135,19 @@ def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) 
             made = known.get("verb", "unknown")
             raise InputError(f"{folder}: holds another checkpoint (made by {made}); choose another folder")
         manifest.check(folder)
+        if target.finite:
+            Finite(open_checkpoint(folder), folder).scan()
         return f"nothing to do: {folder} is there and whole"
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROGRESS).is_file():
         raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
     companions = {name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()}
     workers = target.workers or os.cpu_count() or 1
     layout = LAYOUTS[target.format](source, target)
-    write_checkpoint(source, folder, layout, workers=workers, about=about, extra_files=companions)
+    try:
+        write_checkpoint(source, folder, layout, workers=workers, about=about, extra_files=companions)
+    except NotFiniteError:
+        shutil.rmtree(folder)  # there is no going on
+        raise
     size = sum(entry["size"] for entry in manifest.read_manifest(folder)["files"].values())
     return f"{folder}: {target.format}, {size:,} bytes"
 

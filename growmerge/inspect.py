@@ -7,14 +7,15 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoint import manifest
+from checkpoint.finite import Finite
 from checkpoint.open import format_of, open_checkpoint
 
 
-def print_checkpoint(folder: Path, *, check: bool) -> None:
+def print_checkpoint(folder: Path, *, check: bool, finite: bool) -> None:
     """Print format, model, tensors, sizes, provenance and integrity.
 
     Raises:
-        InputError: it is no checkpoint, or it is damaged; the line names the file.
+        InputError: it is no checkpoint, or it is damaged or, with `finite`, holds a NaN; the line names the file.
     """
     source = open_checkpoint(folder)
     kind = format_of(folder)
@@ -35,6 +36,9 @@ def print_checkpoint(folder: Path, *, check: bool) -> None:
         "hash": str(about.get("hash", "unknown")),
         "integrity": _integrity(folder, check),
     }
+    if finite:
+        Finite(source, folder).scan()
+        rows["values"] = "all finite"
     table = Table(show_header=False, box=None)
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", value)

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from checkpoint.open import open_checkpoint
 from checkpoint.source import Source, read_tensor
-from eval.model import load_model
+from eval.model import load_model, stream_model
+from growmerge.sample_text import TEXT
 from parallel.errors import InputError
+from parallel.memory import available_memory
 from train.data.tokenizer import load_tokenizer
-from upscale.factors import Recipe, axis_growths
+from upscale.factors import Recipe, axis_growths, residual_scale
 from upscale.state import rule_of
 from upscale.verify import GradientCheck, Preservation, check_gradients, clone_asymmetry, compare
 
@@ -24,19 +26,6 @@ EXACT = 1e-5
 """Largest difference of logits, as a share of the largest logit, at which growth counts as exact (float32)."""
 ROWS, LENGTH = 4, 256
 """Shape of the token batches."""
-TEXT = """
-The ferry left the harbour a little after six, when the fog had thinned enough for the pilot to see the second buoy.
-Most of the passengers slept; a few stood at the rail and watched the lights of the town grow small. In the wheelhouse
-the radio reported wind from the north-west, eight metres a second, rising towards evening. "We will be early," said
-the mate, and poured the last of the coffee into two cups. A farmer from the island had brought forty hens in wooden
-crates, and their owner counted them twice, once before and once after the children had been told to leave the latches
-alone. Prices had risen again: a crate that cost 120 in spring now cost 135, and feed was dearer still. What is the use
-of keeping birds, his brother had asked, if the eggs pay for the grain and nothing else? The answer, which he did not
-give, was that he liked the noise in the morning. Between the skerries the swell died down. Engines were slowed, ropes
-made ready; on the quay three cars, a tractor and a bicycle waited for the ramp to come down, and behind them stood the
-school, the shop and the church, in that order, as they had stood on every map since 1874.
-"""
-"""What is scored without --text: written for this purpose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +41,15 @@ class Verdict:
     """The small model against itself in the same way: what the dtype alone costs."""
     asymmetry: float
     """Mean over the matrices of how far copies are from one another."""
-    gradients: GradientCheck
+    gradients: GradientCheck | None
+    """None where the models were read a module at a time: gradients need all of them."""
 
 
-def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor]) -> Verdict:
+def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor], *, by_module: bool = False) -> Verdict:
     """Compare two models on token ids [B, T].
+
+    Args:
+        by_module: hold no more than a module of a model at a time, for models that do not fit into memory.
 
     Raises:
         InputError: the second model's sizes are no whole multiples of the first one's.
@@ -67,17 +60,18 @@ def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor]) -> Ver
     growths = {name: tuple(axes[axis] for axis in tensor.axes) for name, tensor in tensors.items()}
     matrices = [name for name, tensor in tensors.items() if tensor.kind == "matrix"]
     asymmetries = [clone_asymmetry(read_tensor(grown, name), growths[name]) for name in matrices]
-    first, second = load_model(small), load_model(grown)
+    load = stream_model if by_module else load_model
+    first, second = load(small), load(grown)
     exact = compare(first, second, batches)
     rules = {name: rule_of(tensor, axes, small.config) for name, tensor in tensors.items()}
-    gradients = check_gradients(first, second, batches[0], growths, rules)
+    gradients = None if by_module else check_gradients(first, second, batches[0], growths, rules)
     del second
     coarse: dict[str, Preservation] = {}
     stored = next(iter(small.infos.values())).slots["weight"]
     if stored == torch.bfloat16:
         for name, source in (("floor", small), ("bfloat16", grown)):
-            coarse[name] = compare(first, load_model(source, torch.bfloat16), batches)
-    promised = known and promises(recipe, stored)
+            coarse[name] = compare(first, load(source, torch.bfloat16), batches)
+    promised = known and promises(recipe, stored, small)
     return Verdict(
         preserved=exact.relative <= EXACT if promised else None,
         float32=exact,
@@ -107,6 +101,12 @@ def recipe_of(small: Source, grown: Source) -> tuple[Recipe, bool]:
     return Recipe(**factors), False
 
 
+def fits(small: Source, grown: Source) -> bool:
+    """Return whether both models in float32, with their gradients, fit into four fifths of the memory that is free."""
+    count = sum(source.family.parameters(source.config) for source in (small, grown))
+    return 2 * 4 * count < 0.8 * available_memory()
+
+
 def axis_sizes(source: Source, recipe: Recipe) -> dict[str, int]:
     return {axis: growth.size * growth.copies for axis, growth in axis_growths(recipe, source.config).items()}
 
@@ -115,12 +115,19 @@ def _shape(sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in sorted(sizes))
 
 
-def promises(recipe: Recipe, dtype: torch.dtype) -> bool:
+def promises(recipe: Recipe, dtype: torch.dtype, small: Source) -> bool:
     """Return whether a recipe keeps the function up to float32's rounding, the weights stored in a dtype.
 
-    Equal shares of a bfloat16 number are exact for powers of two alone, and noise that cancels is rounded.
+    Equal shares of a bfloat16 number are exact for powers of two alone, and noise that cancels is rounded. So is a norm
+    that has to grow by the square root of a factor, as Gemma's do.
     """
-    if dtype == torch.float32 or recipe.method == "exact-split":
+    axes = axis_growths(recipe, small.config)
+    tensors = small.family.tensors(small.config).values()
+    if dtype == torch.float32:
+        return True
+    if any(residual_scale(tensor, axes, small.config) != 1 for tensor in tensors):
+        return False
+    if recipe.method == "exact-split":
         return True
     return recipe.noise_db is None and all(factor & (factor - 1) == 0 for factor in recipe.factors().values())
 
@@ -142,11 +149,13 @@ def text_batches(folder: Path, text: Path | None, tokens: int) -> list[torch.Ten
     return list(torch.tensor(ids[: len(ids) // length * length]).view(-1, length).split(ROWS))
 
 
-def print_verification(small: Path, grown: Path, *, text: Path | None, tokens: int, as_json: bool) -> int:
+def print_verification(
+    small: Path, grown: Path, *, text: Path | None, tokens: int, by_module: bool, as_json: bool
+) -> int:
     """Verify two folders, print what was found, and return the exit code: 1 if what was promised does not hold."""
     first, second = open_checkpoint(small), open_checkpoint(grown)
     batches = text_batches(small, text, tokens)
-    found = verify(first, second, batches)
+    found = verify(first, second, batches, by_module=by_module or not fits(first, second))
     if as_json:
         print(json.dumps(asdict(found)))
     else:
@@ -175,9 +184,12 @@ def _print(found: Verdict, tokens: int) -> None:
     console.print(f"loss {found.float32.loss_small:.6f} -> {found.float32.loss_grown:.6f} nats a token")
     alike = "all equal: training cannot tell them apart" if found.asymmetry == 0 else "0 if equal"
     console.print(f"copies differ by {found.asymmetry:.3f} of their size, on average over the matrices ({alike})")
-    console.print(
-        f"gradients: their mean over copies is the optimizer rule's within {found.gradients.mean:.1e}, "
-        f"single copies differ from it by {found.gradients.single:.3f} (root mean square, worst tensor)"
-    )
+    if found.gradients is None:
+        console.print("gradients: not checked, as the models were read a module at a time")
+    else:
+        console.print(
+            f"gradients: their mean over copies is the optimizer rule's within {found.gradients.mean:.1e}, "
+            f"single copies differ from it by {found.gradients.single:.3f} (root mean square, worst tensor)"
+        )
     words = {True: "preserved", False: "NOT preserved", None: "not promised by this recipe"}
     console.print(f"function: {words[found.preserved]} (bound {EXACT:g} of the largest logit)")

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
-from checkpoint.memory import MemorySource
+from checkpoint.memory import MemorySource, ScratchSource
 from checkpoint.source import Info, row_major_tiles
-from eval.model import load_model
+from eval.model import load_model, stream_model
 from parallel.errors import InputError
 
 
@@ -48,6 +49,24 @@ def test_equals_from_pretrained(llama, tmp_path, tied, dtype, rope):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert all(parameter.dtype == dtype for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_streamed_model_is_the_whole_one_and_holds_nothing(family, tied):
+    source = ScratchSource(config=tiny_config(model_type=family, tie_word_embeddings=tied), seed=3)
+    whole, streamed = load_model(source), stream_model(source)
+    held = []
+    for module in streamed.modules():
+        module.register_forward_hook(
+            lambda *_: held.append(sum(p.numel() for p in streamed.parameters() if p.device.type != "meta"))
+        )
+    ids = torch.arange(60).reshape(2, 30)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(streamed(ids).logits, whole(ids).logits)
+    assert max(held) == 0  # hooks are called in order: each module has given its weights back by then
+    assert all(parameter.device.type == "meta" for parameter in streamed.parameters())
 
 
 def test_reads_tile_by_tile_with_collected_statistics(llama):

@@ -47,6 +47,10 @@ def test_grown_and_verified(model, tmp_path):
     assert found["gradients"]["single"] > 0.05
     assert 0.2 < found["asymmetry"] < 0.6
     assert found["floor"]["max_logit_difference"] > found["float32"]["max_logit_difference"]
+    shown = growmerge(
+        *("verify", str(model), str(tmp_path / "big"), "--text", str(tmp_path / "text.txt"), "--json", "--by-module")
+    )
+    assert (shown.returncode, json.loads(shown.stdout)) == (0, {**found, "gradients": None})
 
     again = growmerge("grow", str(model), str(tmp_path / "big"), "--width", "3", "--seed", "5")
     assert (again.returncode, again.stdout.split(":")[0]) == (0, "nothing to do")
@@ -160,3 +164,21 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(model, tmp_path):
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     shutil.rmtree(disk)
+
+
+def test_a_nan_is_refused_where_asked(model, tmp_path):
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    line = f"growmerge: {model}: model.layers.1.mlp.up_proj.weight has weight nan at [3, 2]\n"
+    for arguments in (
+        ["inspect", str(model), "--finite"],
+        ["convert", str(model), str(tmp_path / "to"), "--finite", "--format", "zero3", "--dp", "2"],
+        ["grow", str(model), str(tmp_path / "to"), "--finite", "--width", "2"],
+    ):
+        found = CliRunner().invoke(main, arguments)
+        assert (found.exit_code, found.stderr) == (2, line), arguments
+        assert not (tmp_path / "to").exists()
+    assert CliRunner().invoke(main, ["convert", str(model), str(tmp_path / "to")]).exit_code == 0
+    again = CliRunner().invoke(main, ["convert", str(model), str(tmp_path / "to"), "--finite"])
+    assert (again.exit_code, again.stderr) == (2, line.replace(str(model), str(tmp_path / "to")))
