@@ -220,7 +220,15 @@ class Wrapped:
         self.source.read(name, box, out, stats)
 
 
-class WithoutState(Wrapped):
+class NewRun(Wrapped):
+    """A source with Adam's moments and step counts, at step 0 of a run of its own."""
+
+    @property
+    def run(self) -> RunState:
+        return RunState(provenance=self.source.run.provenance)
+
+
+class WithoutState(NewRun):
     """A source's weights and masters alone, at step 0: what a new run starts from."""
 
     @cached_property
@@ -233,7 +241,3 @@ class WithoutState(Wrapped):
     @property
     def groups(self) -> Mapping[str, Group]:
         return {name: replace(group, step=0) for name, group in self.source.groups.items()}
-
-    @property
-    def run(self) -> RunState:
-        return RunState(provenance=self.source.run.provenance)

@@ -64,6 +64,8 @@ def expand(pipeline: Pipeline, marks: Marks, path: Path) -> dict[str, Node]:
     for draft in drafts.values():
         if draft.stage.train:
             _check_train(draft, draft.stage.train, pipeline)
+        if draft.stage.grow:
+            _check_grow(draft, draft.stage.grow, drafts, folder)
     _check_text(pipeline, marks, folder)
     tokenizer = pipeline.tokenizer.path
     if tokenizer is not None and not _is_folder(folder / tokenizer):
@@ -181,6 +183,25 @@ def _check_train(draft: Draft, stage: TrainStage, pipeline: Pipeline) -> None:
         raise draft.marks.error(draft.key("training"), "no number of steps: give `steps` here or in `training:`")
     if problem := problem_in(training):
         raise draft.marks.error(draft.key("training", problem[0]), problem[1])
+
+
+def _check_grow(draft: Draft, stage: GrowStage, drafts: Mapping[str, Draft], folder: Path) -> None:
+    """Check that what keeps the optimizer's state is grown from something that has one."""
+    if stage.optimizer == "reset":
+        return
+    if stage.from_ in drafts:
+        parent = drafts[stage.from_].body
+        found = isinstance(parent, TrainStage) or (isinstance(parent, GrowStage) and parent.optimizer != "reset")
+    else:
+        # DeepSpeed's formats, by the names of their files: to open them takes torch.
+        path = folder / stage.from_
+        found = (path / "zero").is_dir() or any(path.glob("*optim_states.pt"))
+    if not found:
+        raise draft.marks.error(
+            draft.key("optimizer"),
+            f"{stage.optimizer}, but {stage.from_!r} has no optimizer state: a train stage has, a grow stage that "
+            "keeps it, and a DeepSpeed checkpoint",
+        )
 
 
 def _order(drafts: Mapping[str, Draft], inputs: Mapping[str, Sequence[str]]) -> list[str]:

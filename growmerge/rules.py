@@ -22,6 +22,7 @@ from growmerge.schema import (
     Training,
 )
 from parallel.errors import one_of
+from upscale.factors import FAINTEST
 
 Problem = tuple[str, str]
 """Where (a key inside the mapping, or empty for the mapping itself) and what is wrong there."""
@@ -55,6 +56,7 @@ class Range:
 ABOVE_0 = Range(above=0)
 FROM_0 = Range(at_least=0)
 FROM_1 = Range(at_least=1)
+FACTOR = Range(at_least=1, at_most=1000)
 INNER_SHARE = Range(above=0, below=1)
 
 RANGES: Mapping[type, Mapping[str, Range]] = {
@@ -86,7 +88,10 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "checkpoint_every": FROM_1,
         "evaluate_every": FROM_0,
     },
-    GrowStage: {"width": Range(at_least=1, at_most=1000)},
+    GrowStage: {
+        **dict.fromkeys(("width", "hidden", "heads", "kv_heads", "ffn"), FACTOR),
+        "noise_db": Range(at_least=0, at_most=FAINTEST),
+    },
     MergeStage: {"density": Range(above=0, at_most=1)},
     Evaluation: {
         "stride": FROM_1,

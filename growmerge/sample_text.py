@@ -44,4 +44,13 @@ item has reached the end. Repeating this for every item but the last takes about
 is acceptable for ten items and hopeless for ten million. Better methods divide the list, sort both halves and merge
 them: each item is then looked at once a level, and there are only as many levels as n can be halved. That difference,
 between n squared and n times its logarithm, is the reason why a telephone can search a library.
+
+In the second winter the survey party reached the lake. The maps showed an island with a hut; they found the island
+and, after an hour of digging, a chimney. Inside stood a table, two benches and a stove that drew badly. Someone had
+written a list of names on the wall with the year beside each, the oldest 1911, the last before theirs 1958. They added
+four more. At night the ice sang: long falling notes, as if a wire were stretched from shore to shore and slowly
+slackened. Ingrid, who measured temperatures, explained that the sheet was shrinking in the cold and that the sound ran
+through it faster than through air, the high tones ahead of the low. Nobody slept much. On the third day the wind turned
+south, the surface grew wet, and they left with half of the holes undrilled, forty samples instead of ninety, and a
+promise to come back, which one of them kept.
 """

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 DecayShape = Literal["linear", "sqrt", "cosine"]
-GrowthMethod = Literal["exact-split", "symmetric"]
+Dynamics = Literal["preserve", "mup", "free"]
+GrowthMethod = Literal["exact-split", "symmetric", "diagonal"]
+GrownOptimizer = Literal["reset", "scaled", "asymmetric"]
 MergeMethod = Literal["linear", "ties"]
 Precision = Literal["float32", "bfloat16"]
 Reader = Literal["jsonl", "parquet", "txt", "json-strings", "pythonbible"]
@@ -123,6 +125,9 @@ class Training:
     """Decoupled decay of matrices and embeddings; norms are not decayed."""
     clip: float = 1.0
     """Gradient norm at which gradients are clipped."""
+    dynamics: Dynamics = "free"
+    """Which factors of growth a grown model's parameter groups get: all, so that after symmetric growth it trains as
+    the small one did (preserve); those of learning rate, weight decay and eps, clipping as usual (mup); none (free)."""
     precision: Precision = "bfloat16"
     """Compute and stored weight dtype; the optimizer's master copy is always float32."""
     checkpoint_every: int = 500
@@ -150,9 +155,23 @@ class GrowStage:
     from_: str
     """Stage or checkpoint to grow."""
     width: int = 2
-    """Factor of hidden size, query heads, kv heads and ffn."""
+    """Factor of all that is not named below."""
+    hidden: int | None = None
+    """Factor of the hidden size; `width` by default, as for the next three."""
+    heads: int | None = None
+    """Factor of the query heads, a multiple of the key/value heads' factor."""
+    kv_heads: int | None = None
+    """Factor of the key/value heads."""
+    ffn: int | None = None
+    """Factor of the feed-forward width."""
     method: GrowthMethod = "exact-split"
-    """How a weight is shared among its copies: unequal parts that add up exactly, or equal parts."""
+    """How a weight is shared among its copies: unequal parts that add up exactly, equal parts, or the whole to one copy
+    (HyperCloning's diagonal)."""
+    noise_db: float | None = None
+    """Noise on matrices that cancels in the sum, so many dB below the weights; with symmetric and diagonal alone."""
+    optimizer: GrownOptimizer = "reset"
+    """What the next training has of Adam's moments and step counts: none (a fresh optimizer), scaled as the gradients
+    are, or scaled in the first copy and zero in the others (arXiv 2602.02472)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def _config(pipeline: Pipeline, node: Node, configs: Mapping[str, Config], base:
         config = _scratch(pipeline.model, entries) if stage.from_ == "scratch" else of(stage.from_)
         _check_training(pipeline, stage, config, entries)
     elif isinstance(stage, GrowStage):
-        recipe, small = Recipe(width=stage.width, method=stage.method), of(stage.from_)
+        recipe, small = recipe_of(stage, pipeline.seed), of(stage.from_)
         axis_growths(recipe, small)  # refuses what cannot be grown
         config = grown_config(recipe, small)
     else:
@@ -69,6 +69,21 @@ def _config(pipeline: Pipeline, node: Node, configs: Mapping[str, Config], base:
     if (count := parameters(config)) > MOST_PARAMETERS:
         raise InputError(f"the model comes to {count} parameters; allowed are {MOST_PARAMETERS}")
     return config
+
+
+def recipe_of(stage: GrowStage, seed: int) -> Recipe:
+    """Return how a stage grows."""
+    return Recipe(
+        width=stage.width,
+        hidden=stage.hidden,
+        heads=stage.heads,
+        kv_heads=stage.kv_heads,
+        ffn=stage.ffn,
+        method=stage.method,
+        noise_db=stage.noise_db,
+        state=stage.optimizer,
+        seed=seed,
+    )
 
 
 def parameters(config: Config) -> int:

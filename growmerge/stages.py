@@ -23,6 +23,9 @@ from growmerge import __version__
 from growmerge.cards import card
 from growmerge.config import merged_training
 from growmerge.context import Context
+from growmerge.schema import GrowStage
+from growmerge.shapes import recipe_of
+from growmerge.starts import keeps_optimizer, starting_source
 from growmerge.tasks import Task
 from growmerge.texts import described, heldout_documents, tokenizer_of
 from merge.merge import merge
@@ -31,7 +34,7 @@ from train.data.order import Mixture
 from train.data.tokenizer import TextTokenizer
 from train.data.tokens import open_tokens
 from train.loop import RunPlan, train
-from upscale.grow import Recipe, grow
+from upscale.grow import grow
 from upscale.verify import compare
 
 EXACT = 1e-5
@@ -79,7 +82,7 @@ def do_train(context: Context, task: Task) -> None:
     def start() -> Source:
         if config["from_"] == "scratch":
             return ScratchSource(config=scratch_config(config["model"], tokenizer), seed=config["seed"])
-        source = open_checkpoint(context.model(config["from_"]))
+        source = starting_source(context, config["from_"], plan.dynamics)
         if source.config["vocab_size"] < tokenizer.vocab_size:
             raise InputError(
                 f"{task.name}: the tokenizer has {tokenizer.vocab_size} entries, "
@@ -98,6 +101,7 @@ def do_train(context: Context, task: Task) -> None:
         files={"config.json": (json.dumps(hf_config, indent=2) + "\n").encode()},
         evaluate=evaluate,
         report=lambda event: context.report({**event, "stage": task.name}),
+        keep_optimizer=keeps_optimizer(context, config["from_"]),
     )
     context.once(lambda: _export(context, task, open_zero3(last)))
 
@@ -123,7 +127,9 @@ def scratch_config(model: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[s
 
 def do_grow(context: Context, task: Task) -> None:
     config = task.config
-    recipe = Recipe(width=config["width"], method=config["method"], seed=config["seed"])
+    stage = context.nodes[task.name].stage
+    assert isinstance(stage, GrowStage), f"{task.name} does not grow"
+    recipe = recipe_of(stage, config["seed"])
 
     def action() -> None:
         small = open_checkpoint(context.model(config["from_"]))
@@ -138,7 +144,8 @@ def do_grow(context: Context, task: Task) -> None:
             {
                 "stage": task.name,
                 "from": config["from_"],
-                "method": config["method"],
+                "method": recipe.method,
+                "optimizer": recipe.state,
                 "loss_small": found.loss_small,
                 "loss_grown": found.loss_grown,
                 "difference": found.loss_difference,

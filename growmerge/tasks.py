@@ -27,9 +27,18 @@ VERSIONS = {
     "merge": 1,
     "evaluate": 2,
     "baselines": 1,
-    "report": 2,
+    "report": 3,
 }
 """Raised when a verb's results change, so that old ones are not taken for new."""
+
+
+ADDED: Mapping[str, Any] = {
+    **dict.fromkeys(("hidden", "heads", "kv_heads", "ffn", "noise_db")),
+    "optimizer": "reset",
+    "dynamics": "free",
+}
+"""Keys of stages that the first versions did not have, with the values that stand for what those did: with these they
+are left out of a task's configuration, so that older results are still up to date."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +128,12 @@ def _evaluation(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
-    config: dict[str, Any] = {**asdict(node.stage), "seed": pipeline.seed, "precision": pipeline.training.precision}
+    config = {**_without_added(node.stage), "seed": pipeline.seed, "precision": pipeline.training.precision}
     named = [config["from_"]] if isinstance(config["from_"], str) else list(config["from_"])
     paths = [name for name in [*named, config.get("base")] if name and name not in (*node.inputs, "scratch")]
     config["stamps"] = {path: _path_stamp(path, base) for path in paths}
     if isinstance(node.stage, TrainStage):
-        config["training"] = asdict(merged_training(pipeline, node.stage))
+        config["training"] = _without_added(merged_training(pipeline, node.stage))
         config["mixture"] = dict(pipeline.mixtures[node.stage.data])
         config["precision"] = config["training"]["precision"]
         del config["training"]["checkpoint_every"]  # no result depends on it
@@ -133,6 +142,11 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
         if node.stage.from_ == "scratch" and pipeline.model is not None:
             config["model"] = asdict(pipeline.model)
     return config
+
+
+def _without_added(settings: Any) -> dict[str, Any]:
+    """Return a dataclass' fields but those of ADDED that are as they would be without them."""
+    return {key: value for key, value in asdict(settings).items() if key not in ADDED or value != ADDED[key]}
 
 
 def _trained_languages(pipeline: Pipeline, mixture: Mapping[str, float]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from checkpoint.files import disk_errors, write_bytes
-from checkpoint.source import Source, WithoutState
+from checkpoint.source import NewRun, Source, WithoutState
 from checkpoint.zero3 import open_zero3
 from parallel.errors import InputError
 from parallel.faults import point
@@ -46,6 +46,7 @@ class RunPlan:
     precision: str
     checkpoint_every: int
     evaluate_every: int
+    dynamics: str = "free"
 
     def batching(self, world_size: int) -> tuple[int, int]:
         """Return (samples a rank and a pass, passes a step) so that all ranks together cover the global batch."""
@@ -61,6 +62,11 @@ class RunPlan:
         return step == self.steps or step % self.checkpoint_every == 0
 
 
+def last_checkpoint(folder: Path, steps: int) -> Path:
+    """Return the final checkpoint of a run of so many steps; nothing deletes it."""
+    return folder / "checkpoints" / f"step-{steps:08d}"
+
+
 def train(
     start: Callable[[], Source],
     plan: RunPlan,
@@ -73,6 +79,7 @@ def train(
     evaluate: Evaluate,
     report: Report,
     keep: int = 2,
+    keep_optimizer: bool = False,
 ) -> Path:
     """Train until the plan's last step and return the final checkpoint's folder; all ranks call this together.
 
@@ -87,6 +94,8 @@ def train(
         evaluate: called before the first step, after the last, and every `evaluate_every` steps.
         report: told of progress, on rank 0.
         keep: checkpoints kept; with two, a damaged newest one costs the steps since the one before it.
+        keep_optimizer: whether Adam's moments and step counts of the source to start from go on; the run's own step,
+            tokens and schedule begin at 0 all the same.
 
     Raises:
         InputError: a non-finite loss; a full disk; a source that does not fit the model.
@@ -97,7 +106,8 @@ def train(
         report({"event": "warning", "text": f"passed over a damaged checkpoint: {line}"})
     if ranks.first:
         clear_after(checkpoints, found)
-    source: Source = WithoutState(start()) if found is None else open_zero3(found)
+    begin = NewRun if keep_optimizer else WithoutState
+    source: Source = begin(start()) if found is None else open_zero3(found)
     first, known = 0, b""
     if found is not None:
         assert source.run.seed == seed, f"checkpoint of seed {source.run.seed}, run of seed {seed}"
@@ -148,7 +158,7 @@ def train(
     engine.close()
     log.close()
     ranks.barrier()
-    return checkpoints / f"step-{plan.steps:08d}"
+    return last_checkpoint(folder, plan.steps)
 
 
 def load_batch(
@@ -185,6 +195,7 @@ def _engine_config(plan: RunPlan, micro: int, passes: int) -> EngineConfig:
         weight_decay=plan.weight_decay,
         clip=plan.clip,
         precision=plan.precision,
+        dynamics=plan.dynamics,
     )
 
 

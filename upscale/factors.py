@@ -14,6 +14,8 @@ from parallel.families import Tensor, family_of
 
 Method = Literal["exact-split", "symmetric", "diagonal"]
 State = Literal["reset", "scaled", "asymmetric"]
+FAINTEST = 200
+"""Noise so many dB below the weights is less than float32 can tell from none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,9 @@ class Recipe:
         ):
             if value not in allowed:
                 raise InputError(one_of(what, value, allowed))
-        if self.noise_db is not None and (self.method == "exact-split" or not math.isfinite(self.noise_db)):
+        if self.noise_db is not None and (self.method == "exact-split" or not 0 <= self.noise_db <= FAINTEST):
             raise InputError(
-                f"noise of {self.noise_db} dB with method {self.method}: allowed is a finite number, with symmetric or "
+                f"noise of {self.noise_db} dB with method {self.method}: allowed is 0 to {FAINTEST}, with symmetric or "
                 "diagonal; an exact split is unequal by itself"
             )
         given = {"hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads, "ffn": self.ffn}

@@ -35,6 +35,8 @@ from upscale.split import (
     exact_split,
     exact_split_master,
     normal_at,
+    rounded_in_turn,
+    rounding_to,
     symmetric,
     uniform_at,
     whole_to_one,
@@ -152,16 +154,18 @@ class GrownSource:
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
         inner, noise = stats if stats is not None else (None, 0.0)
         divided = divided_dim(self._tensors[name], self.source.config)
+        # The dim whose copies may differ.
+        shared = 0 if self.rule(name).scale != 1.0 else divided
         dims = [_by_source(growth, part) for growth, part in zip(self.growths(name), box, strict=True)]
         for piece in product(*(dim.items() for dim in dims)):
             place = tuple(slice(*source) for source, _ in piece)
             small = self._read_small(name, place, out, inner)
             shares: dict[tuple[int, ...], Shares] = {}
             for runs in product(*(runs for _, runs in piece)):
-                tiled = tuple(run.copy for dim, run in enumerate(runs) if dim != divided)
+                tiled = tuple(run.copy for dim, run in enumerate(runs) if dim != shared)
                 if tiled not in shares:
                     shares[tiled] = self._share(name, place, small, divided, tiled, noise)
-                share = 0 if divided is None else runs[divided].copy
+                share = 0 if shared is None else runs[shared].copy
                 first = not any(run.copy for run in runs)
                 for slot, target in out.items():
                     part = target[tuple(run.target for run in runs)]
@@ -197,7 +201,7 @@ class GrownSource:
         offset = self.family.norm_offset if self._tensors[name].kind in NORMS else 0.0
         scale = self.rule(name).scale
         if scale != 1.0:
-            whole = {slot: (values.float() + offset) * scale - offset for slot, values in whole.items()}
+            return self._scaled(whole, self.growths(name)[0].copies, scale, offset)
         if divided is None:
             return {slot: [values] for slot, values in whole.items()}
         copies = self.growths(name)[divided].copies
@@ -226,6 +230,17 @@ class GrownSource:
         found: Shares = {"weight": exact_split(whole["weight"], copies, uniform)} if "weight" in whole else {}
         if "master" in whole:
             found["master"] = exact_split_master(found["weight"], whole["weight"], whole["master"])
+        return found
+
+    def _scaled(self, whole: Values, copies: int, scale: float, offset: float) -> Shares:
+        """Return the copies of a norm that has to multiply by more, rounded in turn unless they have to be equal."""
+        large = {slot: (values.float() + offset) * scale - offset for slot, values in whole.items()}
+        if self.recipe.method != "exact-split" or "weight" not in whole:
+            return {slot: [values] * copies for slot, values in large.items()}
+        weights = rounded_in_turn(large["weight"], copies, whole["weight"].dtype)
+        found: Shares = {"weight": weights}
+        if "master" in whole:
+            found["master"] = [rounding_to(weight, large["master"]) for weight in weights]
         return found
 
 

@@ -106,19 +106,37 @@ def exact_split_master(parts: list[torch.Tensor], weight: torch.Tensor, master: 
         parts: what `exact_split(weight, ...)` returned.
         weight: the master rounded to the weight's dtype.
     """
-    # Half a unit of the weight's dtype, in steps of float32's bit pattern; the tie itself is left out.
-    mantissa = round(-np.log2(torch.finfo(weight.dtype).eps))
-    half = max(0, (1 << (23 - mantissa)) // 2 - 1)
     rest = master - weight.float()
     found = []
     for part in parts:
-        start = part.float()
-        bits = start.view(torch.int32)
-        ends = (bits - half).view(torch.float32), (bits + half).view(torch.float32)
-        moved = (start + rest).clamp(min=torch.minimum(*ends), max=torch.maximum(*ends))
-        moved = torch.where((start != 0) & torch.isfinite(start), moved, start)
-        rest = rest - (moved - start)
+        moved = rounding_to(part, part.float() + rest)
+        rest = rest - (moved - part.float())
         found.append(moved)
+    return found
+
+
+def rounding_to(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the float32 numbers nearest to the wanted ones that round to the given numbers of a dtype."""
+    # Half a unit of the dtype, in steps of float32's bit pattern; the tie itself is left out.
+    mantissa = round(-np.log2(torch.finfo(part.dtype).eps))
+    half = max(0, (1 << (23 - mantissa)) // 2 - 1)
+    start = part.float()
+    bits = start.view(torch.int32)
+    ends = (bits - half).view(torch.float32), (bits + half).view(torch.float32)
+    moved = wanted.clamp(min=torch.minimum(*ends), max=torch.maximum(*ends))
+    return torch.where((start != 0) & torch.isfinite(start), moved, start)
+
+
+def rounded_in_turn(values: torch.Tensor, copies: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return copies of float32 values, each rounded to a dtype, so that their mean is as near as it can be.
+
+    What one copy's rounding took or gave, the next one has: the mean is off by half a unit / copies at most.
+    """
+    found = []
+    rest = torch.zeros_like(values)
+    for _ in range(copies):
+        found.append((values + rest).to(dtype))
+        rest = rest + (values - found[-1].float())
     return found
 
 

@@ -51,7 +51,10 @@ class Rule:
         )
         if all(getattr(grown, factor) == 1 for factor in FACTORS):
             return name, grown
-        return f"{name.partition('/')[0]}/in{1 / grown.lr_factor:.6g}-out{1 / grown.eps_factor:.6g}", grown
+        mark = f"in{1 / grown.lr_factor:.6g}-out{1 / grown.eps_factor:.6g}"
+        # A run that did not weigh its gradient norms leaves groups that differ in that alone.
+        usual = math.isclose(grown.norm_weight, grown.lr_factor / grown.eps_factor, rel_tol=1e-6)
+        return f"{name.partition('/')[0]}/{mark}" + ("" if usual else f"-norm{grown.norm_weight:.6g}"), grown
 
 
 def rule_of(tensor: Tensor, axes: Mapping[str, AxisGrowth], config: Mapping[str, Any]) -> Rule:

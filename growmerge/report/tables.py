@@ -197,10 +197,12 @@ def growth(results: Mapping[str, Any]) -> Table | None:
     for one in results.get("growth", []):
         losses = [f"{one['loss_small']:.7f}", f"{one['loss_grown']:.7f}", f"{abs(one['difference']):.2e}"]
         logits = one.get("max_logit_difference")
-        rows.append([one["stage"], one["from"], one["method"], *losses, NONE if logits is None else f"{logits:.2e}"])
-    columns = ["grown", "from", "method", "loss, small", "loss, grown", "|difference|", "largest logit difference"]
+        how = [one["stage"], one["from"], one["method"], one.get("optimizer", "reset")]  # older runs knew reset alone
+        rows.append([*how, *losses, NONE if logits is None else f"{logits:.2e}"])
+    columns = ["grown", "from", "method", "optimizer", "loss, small", "loss, grown", "|difference|"]
+    columns.append("largest logit difference")
     caption = "Growth keeps the function: held-out loss (nats a token) before the first step"
-    return Table(caption=caption, columns=columns, rows=_rows(rows), words=frozenset({0, 1, 2})) if rows else None
+    return Table(caption=caption, columns=columns, rows=_rows(rows), words=frozenset(range(4))) if rows else None
 
 
 def corpora(results: Mapping[str, Any]) -> list[Table]:

@@ -143,6 +143,7 @@ def raw() -> dict[str, Any]:
                 "stage": stage,
                 "from": source,
                 "method": "exact-split",
+                "optimizer": "scaled",
                 "loss_small": 4.1234567,
                 "loss_grown": 4.1234569,
                 "difference": 2.4e-7,

@@ -108,6 +108,12 @@ ERRORS = [
     ("steps: 10", "stepz: 10", "31: stages.seed.train.training: unknown key 'stepz': allowed are *'steps'?"),
     ("steps: 10", "steps: many", "31: stages.seed.train.training.steps: 'many' is not a whole number;*"),
     ("width: 2", "width: 0", "39: stages.grown.grow.width: 0 is out of range: allowed is at least 1 and at most 1000"),
+    ("width: 2", "ffn: 0", "39: stages.grown.grow.ffn: 0 is out of range: allowed is at least 1 and at most 1000"),
+    ("width: 2", "heads: 1.5", "39: stages.grown.grow.heads: 1.5 is not a whole number;*"),
+    ("width: 2", "method: diagonl", "39: *.method: unknown method 'diagonl': allowed are *'diagonal'?"),
+    ("width: 2", "noise_db: -1", "39: *.noise_db: -1 is out of range: allowed is at least 0 and at most 200"),
+    ("width: 2", "optimizer: scale", "39: *.optimizer: unknown optimizer 'scale': allowed are reset, *'scaled'?"),
+    ("warmup: 2", "dynamics: keep", "28: training.dynamics: unknown dynamics 'keep': allowed are preserve, mup, free"),
     ("ranks: 2", "ranks: 0", "51: resources.ranks: 0 is out of range: allowed is at least 1"),
     ("name: small", "name: ../x", "1: name: '../x' cannot be a name: it becomes a folder;*"),
     (

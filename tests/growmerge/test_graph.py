@@ -9,7 +9,7 @@ from test_config import matches
 
 from growmerge.config import load_pipeline
 from growmerge.graph import PARTS, match, study_stages
-from growmerge.schema import MergeStage, TrainStage
+from growmerge.schema import GrowStage, MergeStage, TrainStage
 from parallel.errors import InputError
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -51,6 +51,10 @@ ERRORS = [
     ("base: seed", "base: seed\n      density: 1.5", "45: *.density: 1.5 is out of range: allowed is above *"),
     ('[seed, "base-{setup}"]', "[]", "43: *.merge.from: no models to merge: the list is empty"),
     (GRID, f"each: {{setup: [1x], method: [{', '.join('m' for _ in range(10001))}]}}", "41: *.each: *10001 stages;*"),
+    # growth with the optimizer, of what has none
+    ("seed, width: 2", "1x-ties, optimizer: scaled", "39: *.optimizer: scaled, but '1x-ties' has no optimizer state:*"),
+    ("seed, width: 2", "./texts, optimizer: asymmetric", "39: *.grow.optimizer: asymmetric, but './texts' has no *"),
+    ("width: 2}", "width: 2}\n  more: {grow: {from: grown, optimizer: scaled}}", "40: *: scaled, but 'grown' has no *"),
     # checks and study
     ("language: eng", "language: fin", "47: checks.0.language: language without text: unknown corpus 'fin': *eng, swe"),
     ("models: [seed]", "models: [sed]", f"47: checks.0.models.0: unknown stage 'sed': allowed are {STAGES};* 'seed'?"),
@@ -112,6 +116,17 @@ def test_inputs_are_named_once_with_the_base_last(tmp_path: Path) -> None:
     _, nodes = load(write(tmp_path, SMALL))
     assert nodes["2x-ties"].inputs == ("seed", "base-2x")  # seed is a model and the base
     assert nodes["grown"].where == f"{tmp_path / 'x.yaml'}:38"
+
+
+def test_what_has_optimizer_state_can_be_grown_with_it(tmp_path: Path) -> None:
+    for name in ("zero3/zero_pp_rank_0_mp_rank_00_optim_states.pt", "universal/zero/model.norm.weight/fp32.pt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for start in ("seed", "./zero3", "./universal"):
+        text = change("seed, width: 2", f"{start}, optimizer: scaled")
+        text = change("checks:", "  more: {grow: {from: grown, optimizer: scaled}}\nchecks:", text)
+        _, nodes = load(write(tmp_path, text))
+        assert isinstance(nodes["more"].stage, GrowStage) and nodes["more"].stage.optimizer == "scaled"
 
 
 def test_numbers_can_be_variables(tmp_path: Path) -> None:

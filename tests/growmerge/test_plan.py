@@ -80,6 +80,14 @@ def test_a_checkpoint_brings_its_own_shape_and_a_lookup_costs_nothing(tmp_path: 
     assert stages["seed"].inputs == ("./old",) and stages["2x-ties"].inputs == ("seed", "base-2x")
 
 
+def test_each_part_has_its_own_factor(tmp_path: Path) -> None:
+    factors = "hidden: 2, heads: 4, kv_heads: 2, ffn: 3, method: diagonal, noise_db: 10"
+    pipeline, nodes = load(write(tmp_path, change("width: 2", f"width: 1, {factors}")))
+    grown = model_configs(pipeline, nodes, base=tmp_path)["grown"]
+    sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim")
+    assert [grown[key] for key in sizes] == [64, 16, 4, 144, 8]
+
+
 def test_jobs_that_are_not_packed_each_take_time_to_start(tmp_path: Path) -> None:
     path = write(tmp_path, change("ranks: 2,", "ranks: 2, pack: false,"))
     pipeline, nodes = load(path)
@@ -136,6 +144,9 @@ def test_a_config_that_cannot_be_read(data: str | None, expected: str, tmp_path:
             "40: stage 1x-linear: 'grown' has hidden 64, 'seed' has 32: they cannot be merged",
         ),
         ("sequence_length: 64", "sequence_length: 256", "30: stage seed: sequence_length 256 is more than the*, 128"),
+        ("width: 2", "heads: 3, kv_heads: 2", "38: stage grown: growth factor of heads is 3: allowed are *"),
+        ("width: 2", "noise_db: 10", "38: stage grown: noise of 10.0 dB with method exact-split: allowed is *"),
+        ("width: 2", "width: 1, heads: 3, kv_heads: 3", "38: stage grown: hidden size 32 and 12 heads after growth: *"),
         (
             "      from: seed\n",
             "      from: ./old\n",

@@ -27,6 +27,8 @@ def differing(before: dict[str, Task], after: dict[str, Task]) -> set[str]:
 MERGES = {f"{setup}-{method}" for setup in ("1x", "2x") for method in ("linear", "ties")}
 MODELS = {"seed", "base-1x", "seed-2x", "base-2x", "1x-swe", "1x-est", "2x-swe", "2x-est", *MERGES}
 
+GROWN = {name for name in MODELS if "2x" in name}
+
 
 @pytest.mark.parametrize(
     ("old", "new", "models"),
@@ -44,6 +46,12 @@ MODELS = {"seed", "base-1x", "seed-2x", "base-2x", "1x-swe", "1x-est", "2x-swe",
         ),
         ("swe: {swe: 0.9, eng.first: 0.1}", "swe: {swe: 1}", {"1x-swe", "2x-swe", *MERGES}),
         ("lr: 2.0e-2", "lr: 1.0e-2", MODELS),
+        ("width: 2", "width: 2, hidden: 2, method: exact-split", GROWN),
+        ("width: 2", "width: 2, optimizer: scaled", GROWN),
+        ("training: {steps: 40}", "training: {steps: 40, dynamics: mup}", MODELS),
+        # What older files mean without saying it does not count as a change.
+        ("width: 2", "width: 2, heads: null, optimizer: reset", set()),
+        ("lr: 2.0e-2", "lr: 2.0e-2\n  dynamics: free", set()),
     ],
 )
 def test_a_change_concerns_what_depends_on_it(tmp_path: Path, old: str, new: str, models: set[str]) -> None:

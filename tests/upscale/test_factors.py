@@ -77,7 +77,7 @@ def test_config_without_kv_heads_has_as_many_as_heads() -> None:
         (
             Recipe(heads=5, kv_heads=5),
             "hidden size 24 and 20 heads after growth: "
-            "transformers' Llama allows a hidden size that is a multiple of the heads alone",
+            "transformers' llama allows a hidden size that is a multiple of the heads alone",
         ),
     ],
 )

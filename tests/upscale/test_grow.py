@@ -106,8 +106,10 @@ def test_noise_has_the_power_asked_for_and_cancels() -> None:
 
 
 def test_noise_on_an_exact_split_is_refused() -> None:
-    with pytest.raises(InputError, match="noise of 10 dB with method exact-split: allowed is a finite number"):
+    with pytest.raises(InputError, match="noise of 10 dB with method exact-split: allowed is 0 to 200"):
         grow(random_source(), Recipe(width=2, noise_db=10))
+    with pytest.raises(InputError, match="noise of -7 dB with method diagonal: allowed is 0 to 200"):
+        grow(random_source(), Recipe(width=2, method="diagonal", noise_db=-7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -124,6 +126,31 @@ def test_logits_do_not_change(name: str, tied: bool, dtype: torch.dtype) -> None
     assert found.loss_difference <= 1e-5 and found.mean_kl <= 1e-6
     with torch.no_grad():
         assert loaded(small)(input_ids=IDS).logits.std() > 1  # The models say something.
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemma_in_bfloat16_is_exact_but_for_the_norms_that_the_stream_is_scaled_by(family: str, factor: int) -> None:
+    small = random_source(dtype=torch.bfloat16, model_type=family)
+    grown = grow(small, Recipe(width=factor))
+    rounded, fine = {}, {}
+    for name, info in grown.infos.items():
+        if info.tied_to is None:
+            rounded[name] = read_tensor(grown, name, dtype=torch.bfloat16)
+            scaled = "post_attention" in name or "post_feedforward" in name
+            wanted = (small.tensors[name].float() + 1) * factor**0.5 - 1 if scaled else None
+            fine[name] = rounded[name] if wanted is None else wanted.repeat(factor)
+            if wanted is not None:
+                # Rounded in turn: the mean over copies is nearer than any one of them can be.
+                off = (rounded[name].double().view(factor, -1).mean(0) - wanted).abs()
+                assert (off <= 2.0**-8 / factor * wanted.abs() + 1e-6).all()
+    exact = compare(loaded(small), loaded(MemorySource(config=grown.config, tensors=fine)), [IDS])
+    assert exact.relative <= 1e-5
+    found = compare(loaded(small), loaded(MemorySource(config=grown.config, tensors=rounded)), [IDS])
+    assert found.relative <= 2**-8
+    norm = rounded["model.norm.weight"].double().view(factor, -1)
+    assert torch.equal((1 + norm).sum(0), 1 + small.tensors["model.norm.weight"].double())
+    assert len({tuple(row.tolist()) for row in norm}) == factor
 
 
 def test_copies_without_division_are_noticed() -> None:
