@@ -1,4 +1,4 @@
-"""Growing and converting against `cp` of as many bytes, both synced, in turn; and memory inside a limit.
+"""Growing and converting against `cp` of as many bytes and whole models in memory, in turn; memory inside a limit.
 
 python benchmarks/grow.py            # 0.5 billion parameters out: seconds
 python benchmarks/grow.py --memory   # 1.7 -> 6.8 billion inside 1.5 GiB, page cache counted (root, 17 GB of disk)
@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import Box, box_shape
 from checkpoint.writer import write_checkpoint
-from upscale.factors import Recipe
+from upscale.factors import Recipe, grown_config
 from upscale.grow import grow
 
 ROUNDS = 5
@@ -147,6 +148,58 @@ def speed(folder: Path) -> None:
     Console(width=130).print(table)
 
 
+def whole_models(small: Path, target: Path) -> None:
+    """Grow as the authors' package of HyperCloning does (arXiv 2409.12903), by its rule and in its order of work.
+
+    Both models are in memory in float32, the large one is initialised at random first, then every parameter is cloned;
+    the head is untied. The package itself is on no package index and does not run with transformers 5.
+    """
+    source = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    shape = {**grown_config(Recipe(width=2), source.config.to_dict()), "tie_word_embeddings": False}
+    large = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in large.named_parameters():
+            values = source.get_parameter(name.replace("lm_head", "model.embed_tokens"))
+            copies = [new // old for new, old in zip(parameter.shape, values.shape, strict=True)]
+            divided = copies[-1] if name.endswith(("proj.weight", "lm_head.weight")) else 1
+            parameter.copy_(values.repeat(copies) / divided)
+    large.save_pretrained(target)
+    for path in target.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def against_whole_models(folder: Path) -> None:
+    workers = os.cpu_count() or 1
+    small, target = folder / "small-float32", folder / "out"
+    write_checkpoint(
+        Quick(config=MODELS["135M"], seed=0), small, SafetensorsLayout(), workers=workers, about={"name": "135M"}
+    )
+    ours, theirs = [], []
+    for _ in range(3):
+        for took, action in (
+            (theirs, partial(whole_models, small, target)),
+            (
+                ours,
+                lambda: write_checkpoint(
+                    grow(open_checkpoint(small), Recipe(width=2)), target, SafetensorsLayout(), workers=workers
+                ),
+            ),
+        ):
+            took.append(seconds(action))
+            shutil.rmtree(target)
+    ratios = [other / one for one, other in zip(ours, theirs, strict=True)]
+    table = Table(title="135M -> 481M parameters, float32, from disk to disk; median of 3 turns [least, most]")
+    for column in ("ours, exact split: s", "both models in memory: s", "times as fast"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{statistics.median(ours):.2f}",
+        f"{statistics.median(theirs):.2f}",
+        f"{statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]",
+    )
+    Console(width=110).print(table)
+
+
 @contextmanager
 def limited() -> Iterator[Path]:
     """A memory cgroup of LIMIT bytes, page cache counted; needs root."""
@@ -210,7 +263,11 @@ def main() -> None:
         child(*map(Path, given.child))
         return
     with tempfile.TemporaryDirectory(dir=".") as name:
-        (memory if given.memory else speed)(Path(name))
+        if given.memory:
+            memory(Path(name))
+        else:
+            speed(Path(name))
+            against_whole_models(Path(name))
 
 
 if __name__ == "__main__":

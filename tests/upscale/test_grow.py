@@ -184,6 +184,33 @@ def test_symmetric_is_hypercloning_bit_for_bit(dtype: torch.dtype) -> None:
         assert torch.equal(read_tensor(grown, name, dtype=dtype), formula(small.tensors[name])), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_symmetric_is_nanotrons_rule_bit_for_bit(dtype: torch.dtype) -> None:
+    """The paper's fork: fused tensors grown part by part, tied embeddings copied, the head divided as it is used."""
+    small = random_source(True, dtype)
+    n = 2
+    grown = grow(small, Recipe(width=n, method="symmetric"))
+
+    def fused(source: Source, *names: str) -> torch.Tensor:
+        return torch.cat([read_tensor(source, f"model.layers.1.{name}.weight", dtype=dtype) for name in names])
+
+    def tiled(matrix: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        return torch.cat([part.repeat(n, n) / n for part in matrix.split(sizes)])
+
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    assert torch.equal(fused(grown, *qkv), tiled(fused(small, *qkv), [24, 12, 12]))
+    gate_up = ("mlp.gate_proj", "mlp.up_proj")
+    assert torch.equal(fused(grown, *gate_up), tiled(fused(small, *gate_up), [20, 20]))
+    embedding = small.tensors["model.embed_tokens.weight"].repeat(1, n)
+    assert torch.equal(read_tensor(grown, "model.embed_tokens.weight", dtype=dtype), embedding)
+    # Theirs divides the head by n in every pass and leaves the final norm; ours divides the norm: the same products.
+    norm = small.tensors["model.norm.weight"].repeat(n)
+    hidden = torch.randn(5, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
+    theirs = torch.nn.functional.linear(hidden * norm, embedding / n)
+    ours = torch.nn.functional.linear(hidden * read_tensor(grown, "model.norm.weight", dtype=dtype), embedding)
+    assert torch.equal(ours, theirs)
+
+
 def test_tied_final_norm_is_divided() -> None:
     small = random_source()
     for recipe in (Recipe(width=3), Recipe(width=3, method="symmetric")):
