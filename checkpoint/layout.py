@@ -34,6 +34,8 @@ class FilePlan:
     """Names of the tensors that it holds data of."""
     create: Callable[[Path], Sequence[Fragment]]
     """Create the file with its header and its full size, data zero, and return where the data goes."""
+    source: Source | None = None
+    """What its data is read from; by default the source that is laid out, but it may be a view of that one."""
 
 
 class Layout(Protocol):

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from checkpoint.source import Box, Slot, Source, box_shape, flat_boxes, row_major_tiles
+from checkpoint.source import Box, Slot, Source, box_shape, flat_tiles
 
 STATE_SLOTS: tuple[Slot, ...] = ("master", "exp_avg", "exp_avg_sq")
 
@@ -82,13 +82,12 @@ def _fill(source: Source, name: str, start: int, stop: int, out: Mapping[Slot, t
         if stored in info.slots:
             wanted[stored] = target
     stats = source.collect(name, map)
-    for (piece,) in row_major_tiles((stop - start,)):
-        at = piece.start
-        for box in flat_boxes(info.shape, start + piece.start, start + piece.stop):
-            shape = box_shape(box)
-            count = numel(shape)
-            source.read(name, box, {slot: flat[at : at + count].view(shape) for slot, flat in wanted.items()}, stats)
-            at += count
+    at = 0
+    for box in flat_tiles(info.shape, start, stop):
+        shape = box_shape(box)
+        count = numel(shape)
+        source.read(name, box, {slot: flat[at : at + count].view(shape) for slot, flat in wanted.items()}, stats)
+        at += count
 
 
 def flat_runs(shape: Sequence[int], box: Box) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ A tensor is known by its Hugging Face on-disk name, unfused, unsharded and unpad
 belong together: `weight`, `master` (float32 copy that the optimizer updates), `exp_avg` and `exp_avg_sq` (Adam).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
@@ -145,6 +145,15 @@ def row_major_tiles(shape: Sequence[int], tile: int = TILE) -> list[Box]:
         whole = full_box(rest)
         return [(slice(at, min(at + rows, head)), *whole) for at in range(0, head, rows)]
     return [(slice(at, at + 1), *piece) for at in range(head) for piece in row_major_tiles(rest, tile)]
+
+
+def flat_tiles(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Cut elements [start, stop) of the row-major flattened tensor into boxes of at most a tile, in order."""
+    for box in flat_boxes(shape, start, stop):
+        for tile in row_major_tiles(box_shape(box)):
+            yield tuple(
+                slice(part.start + inner.start, part.start + inner.stop) for part, inner in zip(box, tile, strict=True)
+            )
 
 
 def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:

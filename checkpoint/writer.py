@@ -4,6 +4,7 @@ A worker fills a block of a file (16 MiB, as the manifest hashes them) tile by t
 byte is read again. Memory is bounded by block size x workers. The bytes do not depend on the number of workers.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ import torch
 from checkpoint.files import disk_errors, inside, read_json, write_bytes, write_json
 from checkpoint.layout import Fragment, Layout
 from checkpoint.manifest import BLOCK, NAME, write_manifest
-from checkpoint.source import Source, box_shape, flat_boxes, row_major_tiles
+from checkpoint.source import Source, box_shape, flat_tiles
 from parallel.errors import InputError
 from parallel.faults import point
 
@@ -59,6 +60,7 @@ def write_checkpoint(
     key = hashlib.sha256(json.dumps([about, repr(layout)], sort_keys=True).encode()).hexdigest()
     hashes = _written(folder, key) if about is not None else {}
     _record(folder, key, hashes)
+    buffers = threading.local()
     with ThreadPoolExecutor(max_workers=workers, initializer=_alone) as pool:
         for plan in plans:
             path = inside(folder, plan.name)
@@ -69,7 +71,7 @@ def write_checkpoint(
                 fragments = plan.create(path)
                 handle = os.open(path, os.O_RDWR)
                 try:
-                    written = _fill(source, fragments, handle, pool, workers)
+                    written = _fill(plan.source or source, fragments, handle, pool, workers, buffers)
                     os.fsync(handle)
                 except BaseException:
                     path.unlink()  # half-written; on a full disk its room is wanted
@@ -132,14 +134,18 @@ class _Span:
 
 
 def _fill(
-    source: Source, fragments: Sequence[Fragment], handle: int, pool: ThreadPoolExecutor, workers: int
+    source: Source,
+    fragments: Sequence[Fragment],
+    handle: int,
+    pool: ThreadPoolExecutor,
+    workers: int,
+    buffers: threading.local,
 ) -> list[str]:
     """Fill a created file with its fragments and return the SHA-256 of each of its blocks."""
     spans = sorted((_span(source, fragment) for fragment in fragments), key=lambda span: span.start)
     starts = [span.start for span in spans]
     size = os.fstat(handle).st_size
     stats: dict[str, Any] = {}
-    buffers = threading.local()
     pending: deque[Future[str]] = deque()
     hashes = []
     at = 0
@@ -185,16 +191,21 @@ def _block(
         dtype, name = span.fragment.dtype, span.fragment.tensor
         out = block[low - begin : high - begin].view(dtype)
         first = span.first + (low - span.start) // dtype.itemsize
-        for (piece,) in row_major_tiles(out.shape):
-            at = piece.start
-            for box in flat_boxes(source.infos[name].shape, first + piece.start, first + piece.stop):
-                shape = box_shape(box)
-                count = math.prod(shape)
-                source.read(name, box, {span.fragment.slot: out[at : at + count].view(shape)}, stats[name])
-                at += count
+        at = 0
+        for box in flat_tiles(source.infos[name].shape, first, first + len(out)):
+            shape = box_shape(box)
+            count = math.prod(shape)
+            source.read(name, box, {span.fragment.slot: out[at : at + count].view(shape)}, stats[name])
+            at += count
     digest = hashlib.sha256(data).hexdigest()
     _write_all(handle, memoryview(data), begin)
+    if _TRIM is not None and begin % (16 * BLOCK) == 0:
+        _TRIM(0)
     return digest
+
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Gives the allocator's free pages back: without it glibc's heap grows by some megabytes for each gigabyte written."""
 
 
 def _write_all(handle: int, data: memoryview, offset: int) -> None:

@@ -102,7 +102,15 @@ class GrownSource:
 
     def rule(self, name: str) -> Rule:
         """Return what growth does to a tensor's gradient."""
-        return rule_of(self._tensors[name], self._axes, self.source.config)
+        return self._rules[name]
+
+    @cached_property
+    def _rules(self) -> Mapping[str, Rule]:
+        return {name: rule_of(tensor, self._axes, self.source.config) for name, tensor in self._tensors.items()}
+
+    @cached_property
+    def _divided(self) -> Mapping[str, int | None]:
+        return {name: divided_dim(tensor, self.source.config) for name, tensor in self._tensors.items()}
 
     @cached_property
     def infos(self) -> Mapping[str, Info]:
@@ -153,7 +161,7 @@ class GrownSource:
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
         inner, noise = stats if stats is not None else (None, 0.0)
-        divided = divided_dim(self._tensors[name], self.source.config)
+        divided = self._divided[name]
         # The dim whose copies may differ.
         shared = 0 if self.rule(name).scale != 1.0 else divided
         dims = [_by_source(growth, part) for growth, part in zip(self.growths(name), box, strict=True)]

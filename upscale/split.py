@@ -65,8 +65,8 @@ def exact_split(block: torch.Tensor, copies: int, uniform: Uniform) -> list[torc
     """Return unequal shares of each value that add up to it exactly, in the block's own dtype.
 
     A value is a whole number k of units in its last place. Shares are whole numbers of the same unit that add up to
-    k, none larger than k, so the dtype holds each exactly. They have the value's sign; a value that is not finite
-    is copied.
+    k, none larger than k, so the dtype holds each exactly. None has the other sign; a value that is not finite is
+    copied.
 
     Args:
         block: float32, bfloat16 or float16, any shape.
@@ -79,8 +79,8 @@ def exact_split(block: torch.Tensor, copies: int, uniform: Uniform) -> list[torc
     whole = block.float()
     unit = (whole.view(torch.int32) & 0x7F800000).view(torch.float32)
     # Below the smallest normal number the unit is the smallest subnormal one.
-    unit = unit.mul_(limits.eps).clamp_(min=limits.tiny * limits.eps).copysign_(whole)
-    rest = whole / unit  # k: whole numbers from 0 on, since the unit has the sign
+    unit = unit.mul_(limits.eps).clamp_(min=limits.tiny * limits.eps)
+    rest = whole / unit  # k
     finite = bool(torch.isfinite(rest.sum()))
     shares = []
     for level in range(copies):
@@ -156,11 +156,11 @@ def uniform_at(key: str, box: Box) -> torch.Tensor:
     *outer, last = (np.arange(part.start, part.stop, dtype=np.uint64) for part in box)
     rows = _mix64(outer[0] * _GOLDEN + _start(key)) if outer else _mix64(np.full(1, _start(key)))
     mixed = (rows >> np.uint64(32)).astype(np.uint32)[:, None] ^ (last * _GOLDEN).astype(np.uint32)
-    mixed ^= mixed >> np.uint32(16)
-    mixed *= np.uint32(0x7FEB352D)
-    mixed ^= mixed >> np.uint32(15)
-    mixed *= np.uint32(0x846CA68B)
-    mixed ^= mixed >> np.uint32(16)
+    shifted = np.empty_like(mixed)
+    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        mixed ^= np.right_shift(mixed, np.uint32(bits), out=shifted)
+        if factor > 1:
+            mixed *= np.uint32(factor)
     mixed >>= np.uint32(8)
     numbers = torch.from_numpy(mixed.view(np.int32)).to(torch.float32).mul_(2.0**-24)
     return numbers if outer else numbers[0]
