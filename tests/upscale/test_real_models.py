@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from real_models import GEMMA3, SMOLLM2, real_model
+from state_runs import STOP, run
+from tiny import on_ranks
 from transformers import AutoModelForCausalLM
 
 from checkpoint.files import read_json
+from checkpoint.pickles import load_pickle
 from growmerge.convert import Target, convert_checkpoint, grow_checkpoint
 from growmerge.sample_text import TEXT
 from growmerge.verify import text_batches
@@ -87,3 +90,31 @@ def test_weights_come_back_from_every_format(tmp_path):
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
         assert torch.equal(tensor, ours[name]), name
+
+
+def test_a_run_of_smollm2_comes_back_from_every_topology(tmp_path):
+    """DeepSpeed's own two ranks, 3 x 3 ranks, universal, two ranks: the flat buffers are the first ones."""
+    small = real_model(SMOLLM2, tokenizer=True)
+    on_ranks(tmp_path, 2, run, str(small), str(tmp_path), 0, STOP, "bfloat16")
+    steps = [
+        Target(folder=tmp_path / "cut", format="zero3", ranks=3, tensor_ranks=3),
+        Target(folder=tmp_path / "universal", format="universal"),
+        Target(folder=tmp_path / "back", format="zero3", ranks=2),
+    ]
+    at = tmp_path / "stop"
+    for target in steps:
+        convert_checkpoint(at, target)
+        at = target.folder
+    for rank in range(2):
+        name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        theirs, ours = (load_pickle(folder / name)["optimizer_state_dict"] for folder in (tmp_path / "stop", at))
+        assert len(theirs["fp32_flat_groups"]) == len(ours["fp32_flat_groups"]) > 1
+        for mine, other in zip(ours["fp32_flat_groups"], theirs["fp32_flat_groups"], strict=True):
+            assert torch.equal(mine, other)
+        before, after = (found["optimizer_state_dict"]["state"] for found in (theirs, ours))
+        assert before.keys() == after.keys()
+        for key, state in before.items():
+            assert state["step"] == after[key]["step"] == STOP
+            assert state["exp_avg_sq"].any()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(state[moment], after[key][moment]), (key, moment)
