@@ -12,7 +12,6 @@ at no stage does it restore tensors that are not trained. Our engine reads the s
 import functools
 import json
 import sys
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,12 @@ from typing import Any
 import torch
 
 from checkpoint.layout import FilePlan, Fragment
-from checkpoint.shard import STATE_SLOTS, SubGroup, Topology
-from checkpoint.source import FACTORS, Group, Slot, Source
+from checkpoint.shard import STATE_SLOTS, SubGroup
+from checkpoint.source import Group, Slot, Source
 from checkpoint.universal import FILES, OPTIMIZER, PLAIN_MODEL, STEP
-from checkpoint.zero3_layout import DEEPSPEED, save_skeleton, topology_of
-from checkpoint.zero_files import model_name
-
-VERSION = 0.4
-"""Of the universal format, as DeepSpeed 0.19 counts."""
+from checkpoint.zero3_layout import topology_of
+from checkpoint.zero_files import model_name, values_of
+from checkpoint.zero_state import DEEPSPEED, UNIVERSAL_VERSION, model_state, save_skeleton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,8 @@ class UniversalLayout:
                 plans.append(_plain(f"zero/{name}/{STEP}", torch.tensor(float(step))))
         plans += [_tensor_plan(source, name, "master") for name, _ in topology.frozen]
         plans.append(_plain(f"zero/{OPTIMIZER}", _optimizer_state(source, topology.sub_groups)))
-        model = _model_state(source, topology, torch.bfloat16 if self.bf16 else torch.float32)
+        model = model_state(source, topology, torch.bfloat16 if self.bf16 else torch.float32)
+        model["universal_checkpoint_info"] = UNIVERSAL_VERSION
         # Stage 3 looks for the one name, stages 1 and 2 for the other.
         plans += [_plain(name, model) for name in (model_name(0), PLAIN_MODEL)]
         return plans
@@ -104,15 +102,7 @@ def _optimizer_state(source: Source, groups: Sequence[SubGroup]) -> dict[str, An
     entries = []
     for sub_group in groups:
         group = source.groups.get(sub_group.group, Group())
-        values = {
-            "name": sub_group.group,
-            "lr": group.lr * group.lr_factor,
-            "weight_decay": group.weight_decay * group.weight_decay_factor,
-            "eps": group.eps * group.eps_factor,
-            "betas": group.betas,
-            **{key: getattr(group, key) for key in FACTORS},
-        }
-        entries.append((values, group.step))
+        entries.append(({"name": sub_group.group, **values_of(group)}, group.step))
     shared = {key: value for key, value in entries[0][0].items() if all(value == other[key] for other, _ in entries)}
     return {
         "zero_stage": 3,
@@ -122,34 +112,4 @@ def _optimizer_state(source: Source, groups: Sequence[SubGroup]) -> dict[str, An
             "state": {index: {"step": torch.tensor(float(step))} for index, (_, step) in enumerate(entries)},
             "param_groups": [{**shared, "params": [index]} for index in range(len(entries))],
         },
-    }
-
-
-def _model_state(source: Source, topology: Topology, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what DeepSpeed keeps beside the tensors. It holds no weights; the empty entries' dtype is the run's."""
-    run = source.run
-    return {
-        "module": OrderedDict((name, torch.empty(0, dtype=dtype)) for name in source.infos),
-        "buffer_names": [],
-        "optimizer": None,
-        "param_shapes": [
-            OrderedDict((name, torch.Size(shape)) for name, shape in sub_group.tensors)
-            for sub_group in topology.sub_groups
-        ],
-        "frozen_param_shapes": {name: torch.Size(shape) for name, shape in topology.frozen},
-        "frozen_param_fragments": {},
-        "shared_params": {name: info.tied_to for name, info in source.infos.items() if info.tied_to is not None},
-        "lr_scheduler": None,
-        "data_sampler": None,
-        "random_ltd": None,
-        "sparse_tensor_module_names": [],
-        "skipped_steps": 0,
-        "global_steps": run.step,
-        "global_samples": run.samples,
-        "dp_world_size": 1,
-        "mp_world_size": 1,
-        "ds_config": {},
-        "ds_version": DEEPSPEED,
-        "universal_checkpoint_info": {"universal_checkpoint_version": VERSION},
-        "growmerge": {"tokens": run.tokens, "samples": run.samples, "seed": run.seed},
     }

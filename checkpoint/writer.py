@@ -4,7 +4,6 @@ A worker fills a block of a file (16 MiB, as the manifest hashes them) tile by t
 byte is read again. Memory is bounded by block size x workers. The bytes do not depend on the number of workers.
 """
 
-import ctypes
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from checkpoint.manifest import BLOCK, NAME, write_manifest
 from checkpoint.source import Source, box_shape, flat_tiles
 from parallel.errors import InputError
 from parallel.faults import point
+from parallel.memory import give_back_freed
 
 PROGRESS = ".unfinished.json"
 """Which files an unfinished folder has whole; gone once the manifest is there."""
@@ -199,13 +199,9 @@ def _block(
             at += count
     digest = hashlib.sha256(data).hexdigest()
     _write_all(handle, memoryview(data), begin)
-    if _TRIM is not None and begin % (16 * BLOCK) == 0:
-        _TRIM(0)
+    if begin % (16 * BLOCK) == 0:
+        give_back_freed()
     return digest
-
-
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""Gives the allocator's free pages back: without it glibc's heap grows by some megabytes for each gigabyte written."""
 
 
 def _write_all(handle: int, data: memoryview, offset: int) -> None:

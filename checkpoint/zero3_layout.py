@@ -1,13 +1,12 @@
 """Writing DeepSpeed ZeRO-3 checkpoints: the per-rank files laid out first, then filled from any source.
 
-A `.pt` file is a zip whose records are the tensors' storages. It is written once without data, at its full size, and
-the fragments then go straight to the records' offsets: no tensor is ever held whole. The format: `checkpoint.zero3`.
+The format: `checkpoint.zero3`, and `checkpoint.zero3_tp` with tensor parallelism, where each tensor-parallel rank's
+files are those of a source of its own: what AutoTP leaves it of each tensor.
 """
 
 import functools
 import json
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ import torch
 from checkpoint.layout import FilePlan, Fragment
 from checkpoint.shard import STATE_SLOTS, SubGroup, Topology, numel, part_of, part_size
 from checkpoint.source import Group, Slot, Source
-from checkpoint.zero_files import model_name, optim_name, values_of
+from checkpoint.tensor_parallel import cuts_of, piece_of
+from checkpoint.zero_files import model_name, optim_name
+from checkpoint.zero_state import DEEPSPEED, model_state, param_groups, save_skeleton, tensor_parallel_state
 from parallel.errors import InputError
-
-DEEPSPEED = "0.19.8"
-"""The version whose format this is; DeepSpeed compares it with its own to know old files."""
 
 
 def topology_of(source: Source, ranks: int, sub_group_size: int = 10**9) -> Topology:
@@ -52,71 +50,73 @@ def topology_of(source: Source, ranks: int, sub_group_size: int = 10**9) -> Topo
 
 @dataclass(frozen=True, kw_only=True)
 class Zero3Layout:
-    """A ZeRO-3 folder for a number of ranks, of a bfloat16 or a float32 run.
+    """A ZeRO-3 folder for data-parallel times tensor-parallel ranks, of a bfloat16 or a float32 run.
 
     A source without masters gives its weights as masters; one without moments gives none, as before the first step.
     """
 
     ranks: int
+    """Data-parallel ranks."""
+    tensor_ranks: int = 1
+    vocab_parallel: bool = False
+    """With tensor parallelism a tied embedding is cut too; see `checkpoint.tensor_parallel`."""
     bf16: bool = False
-    topology: Topology | None = None
-    """How the engine that will load it cuts the model; `topology_of` by default."""
+    sub_group_size: int = 10**9
+    """Of the engine that will load it; see `topology_of`."""
 
     def files(self, source: Source) -> list[FilePlan]:
         """Return two files a rank: names, shapes and what is not trained; and the flat buffers.
 
         Raises:
-            InputError: ranks is below 1.
+            InputError: a number of ranks is below 1, or DeepSpeed could not train the model on so many.
         """
-        if self.ranks < 1:
-            raise InputError(f"a ZeRO-3 checkpoint of {self.ranks} ranks cannot be written: at least 1 is needed")
-        topology = self.topology or topology_of(source, self.ranks)
-        names = tuple(name for sub_group in topology.sub_groups for name, _ in sub_group.tensors)
-        frozen = tuple(name for name, _ in topology.frozen)
+        for what, count in (("", self.ranks), ("tensor-parallel ", self.tensor_ranks)):
+            if count < 1:
+                raise InputError(f"a ZeRO-3 checkpoint of {count} {what}ranks cannot be written: at least 1 is needed")
+        cuts = cuts_of(source, self.tensor_ranks, vocab_parallel=self.vocab_parallel)
+        beside = tensor_parallel_state(source, cuts, self.tensor_ranks) if self.tensor_ranks > 1 else {}
+        pieces = [piece_of(source, cuts, tensor_rank) for tensor_rank in range(self.tensor_ranks)]
+        topologies = [topology_of(piece, self.ranks, self.sub_group_size) for piece in pieces]
+        counts = [len(topology.sub_groups) for topology in topologies]
+        if len(set(counts)) > 1:
+            # It sums a norm over the tensor-parallel ranks once for each sub-group.
+            raise InputError(
+                f"of {self.sub_group_size} elements the tensor-parallel ranks have {counts} sub-groups, and DeepSpeed "
+                "would wait for ever for those that some have not; a larger sub_group_size is needed"
+            )
         plans = []
-        for rank in range(self.ranks):
-            model = functools.partial(_create_model, source=source, topology=topology, rank=rank, bf16=self.bf16)
-            optim = functools.partial(_create_optim, source=source, topology=topology, rank=rank)
-            plans.append(FilePlan(name=model_name(rank), tensors=frozen, create=model))
-            plans.append(FilePlan(name=optim_name(rank, self.bf16), tensors=names, create=optim))
+        for tensor_rank, (piece, topology) in enumerate(zip(pieces, topologies, strict=True)):
+            names = tuple(name for sub_group in topology.sub_groups for name, _ in sub_group.tensors)
+            frozen = tuple(name for name, _ in topology.frozen)
+            for rank in range(self.ranks):
+                model = functools.partial(
+                    _create_model,
+                    source=piece,
+                    topology=topology,
+                    rank=rank,
+                    bf16=self.bf16,
+                    first=rank == tensor_rank == 0,
+                    beside=beside,
+                )
+                optim = functools.partial(_create_optim, source=piece, topology=topology, rank=rank)
+                name = model_name(rank, tensor_rank)
+                plans.append(FilePlan(name=name, tensors=frozen, create=model, source=piece))
+                name = optim_name(rank, self.bf16, tensor_rank)
+                plans.append(FilePlan(name=name, tensors=names, create=optim, source=piece))
         return plans
 
     def extras(self, source: Source, plans: Sequence[FilePlan]) -> dict[str, bytes]:
         return {"config.json": (json.dumps(dict(source.config), indent=2, ensure_ascii=False) + "\n").encode()}
 
 
-def _create_model(path: Path, *, source: Source, topology: Topology, rank: int, bf16: bool) -> list[Fragment]:
+def _create_model(
+    path: Path, *, source: Source, topology: Topology, rank: int, bf16: bool, first: bool, beside: Mapping[str, Any]
+) -> list[Fragment]:
     """Write what DeepSpeed keeps beside the buffers, and return where its only weights go: those not trained."""
-    run = source.run
     dtype = torch.bfloat16 if bf16 else torch.float32
-    module = OrderedDict((name, torch.empty(0)) for name in source.infos)
     parts = {name: torch.empty(part_size(numel(shape), topology.ranks), dtype=dtype) for name, shape in topology.frozen}
-    aliases = {name: info.tied_to for name, info in source.infos.items() if info.tied_to is not None}
-    state = {
-        "module": module,
-        "buffer_names": [],
-        "optimizer": None,
-        "param_shapes": [
-            OrderedDict((name, torch.Size(shape)) for name, shape in sub_group.tensors)
-            for sub_group in topology.sub_groups
-        ],
-        "frozen_param_shapes": {name: torch.Size(shape) for name, shape in topology.frozen},
-        "frozen_param_fragments": parts,
-        "shared_params": aliases if rank == 0 else {},
-        "lr_scheduler": None,
-        "data_sampler": None,
-        "random_ltd": None,
-        "sparse_tensor_module_names": [],
-        "skipped_steps": 0,
-        "global_steps": run.step,
-        "global_samples": run.samples,
-        "dp_world_size": topology.ranks,
-        "mp_world_size": 1,
-        "ds_config": {},
-        "ds_version": DEEPSPEED,
-        "growmerge": {"tokens": run.tokens, "samples": run.samples, "seed": run.seed},
-    }
-    offsets = save_skeleton(path, state, [*module.values(), *parts.values()])
+    state = model_state(source, topology, dtype, first=first) | {"frozen_param_fragments": parts, **beside}
+    offsets = save_skeleton(path, state, [*state["module"].values(), *parts.values()])
     fragments = []
     for name, shape in topology.frozen:
         start, stop = part_of(shape, topology.ranks, rank)
@@ -124,22 +124,6 @@ def _create_model(path: Path, *, source: Source, topology: Topology, rank: int, 
             at = offsets[id(parts[name])]
             fragments.append(Fragment(offset=at, tensor=name, slot="weight", dtype=dtype, start=start, stop=stop))
     return fragments
-
-
-def save_skeleton(path: Path, state: object, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
-    """Write a `.pt` file at its full size, data zero, and return the byte offset of each tensor's data, by `id`.
-
-    `tensors` are all that the state holds, in the order in which the pickler meets them: so it numbers their storages.
-    """
-    checked = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # a checksum of data that is not there yet
-    try:
-        with torch.serialization.skip_data():
-            torch.save(state, path)
-    finally:
-        torch.serialization.set_crc32_options(checked)
-    reader: Any = torch._C.PyTorchFileReader(str(path))
-    return {id(tensor): reader.get_record_offset(f"data/{number}") for number, tensor in enumerate(tensors)}
 
 
 def _create_optim(path: Path, *, source: Source, topology: Topology, rank: int) -> list[Fragment]:
@@ -167,7 +151,7 @@ def _create_optim(path: Path, *, source: Source, topology: Topology, rank: int) 
             "dynamic_loss_scale": False,
             "overflow": False,
             "partition_count": topology.ranks,
-            "optimizer_state_dict": {"state": adam, "param_groups": _param_groups(source, topology)},
+            "optimizer_state_dict": {"state": adam, "param_groups": param_groups(source, topology)},
             "fp32_flat_groups": [flat["master"] for flat in flat_of],
         },
         "ds_config": {},
@@ -180,21 +164,6 @@ def _create_optim(path: Path, *, source: Source, topology: Topology, rank: int) 
             file.seek(offsets[id(step)])
             file.write(torch.tensor(value, dtype=torch.float32).numpy().tobytes())
     return _fragments(source, topology, rank, flat_of, offsets)
-
-
-def _param_groups(source: Source, topology: Topology) -> list[dict[str, Any]]:
-    """Return torch's parameter groups, each with its sub-groups' numbers; one whose tensors are all frozen has none."""
-    held = {sub_group.group for sub_group in topology.sub_groups}
-    # Groups of frozen tensors alone are ours, not the optimizer's.
-    apart = {info.group for info in source.infos.values() if not info.trainable} - held
-    known = held <= source.groups.keys()
-    numbers: dict[str, list[int]] = {name: [] for name in source.groups if known and name not in apart}
-    for index, sub_group in enumerate(topology.sub_groups):
-        numbers.setdefault(sub_group.group, []).append(index)
-    return [
-        {"name": name, **values_of(source.groups.get(name, Group())), "params": params}
-        for name, params in numbers.items()
-    ]
 
 
 def _fragments(

@@ -4,7 +4,7 @@ Layout (DeepSpeed 0.19): the files of `checkpoint.zero3`, once for each tensor-p
 A matrix is first cut over the tensor-parallel ranks along one dim, in order and not always evenly (131 rows are 66 and
 65), then each piece over the data-parallel ranks as ZeRO-3 cuts any tensor. Which dim may be cut, the family's table
 says: column and vocab cut dim 0, row cuts dim 1. Whether a tensor is cut, the pieces' shapes say (embeddings often are
-not). One that is not is the same on all ranks and read from the first.
+not). One that is not is the same on all ranks and read from the first. The rule: `checkpoint.tensor_parallel`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,15 @@ from typing import Any
 import torch
 
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
+from checkpoint.tensor_parallel import DIMS, Cut
 from checkpoint.zero3 import Zero3Source, open_rank
 from checkpoint.zero_files import load_model, model_name
 from parallel.errors import InputError
 from parallel.families import Family, Split, family_of
 
-DIMS: dict[Split, int] = {"column": 0, "vocab": 0, "row": 1}
-"""The dim that a split cuts."""
 
-
-def bounds(shape: Sequence[int], split: Split, pieces: Sequence[Sequence[int]]) -> tuple[int, list[int]] | None:
-    """Return the dim along which a tensor is cut, and where each piece begins and the last ends; None if it is whole.
+def bounds(shape: Sequence[int], split: Split, pieces: Sequence[Sequence[int]]) -> Cut | None:
+    """Return how a tensor is cut; None if it is whole.
 
     Raises:
         ValueError: the pieces do not make up the tensor.
@@ -72,7 +70,7 @@ class TensorParallelSource:
         return family_of(self.config)
 
     @cached_property
-    def _bounds(self) -> dict[str, tuple[int, list[int]] | None]:
+    def _bounds(self) -> dict[str, Cut | None]:
         found = {}
         for name, tensor in self.family.tensors(self.config).items():
             if tensor.tied_to is not None:

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from checkpoint.source import Source
 from parallel.errors import InputError
+from parallel.memory import give_back_freed
 
 
 def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -61,6 +62,7 @@ def _read_when_called(module: torch.nn.Module, source: Source, names: dict[str, 
     def give_back(*_: Any) -> None:
         for key, parameter in empty.items():
             setattr(module, key, parameter)
+        give_back_freed()
 
     module.register_forward_pre_hook(take)
     module.register_forward_hook(give_back)

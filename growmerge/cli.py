@@ -126,6 +126,19 @@ def _targets(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="zero3: data-parallel ranks that will load it.",
         ),
+        click.option(
+            "--tp",
+            "tensor_ranks",
+            type=int,
+            default=1,
+            show_default=True,
+            help="zero3: tensor-parallel ranks (DeepSpeed's autotp_size) that will load it.",
+        ),
+        click.option(
+            "--vocab-parallel",
+            is_flag=True,
+            help="zero3 with --tp: cut a tied embedding too, as autotp_size alone makes DeepSpeed do.",
+        ),
         click.option("--workers", type=int, help="Threads; the machine's cores by default."),
         click.option("--finite", is_flag=True, help="Refuse a source with a NaN or an infinity."),
     ]

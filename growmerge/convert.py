@@ -46,6 +46,10 @@ class Target:
     shard_gb: float = 5.0
     ranks: int = 1
     """zero3: data-parallel ranks of the run that will load it."""
+    tensor_ranks: int = 1
+    """zero3: tensor-parallel ranks of that run; so many files for each data-parallel rank."""
+    vocab_parallel: bool = False
+    """zero3 with tensor parallelism: a tied embedding is cut too; see `checkpoint.tensor_parallel`."""
     workers: int | None = None
     """Threads; the machine's cores by default."""
     finite: bool = False
@@ -69,7 +73,12 @@ def _is_bf16(source: Source, target: Target) -> bool:
 
 LAYOUTS: Mapping[str, Callable[[Source, Target], Layout]] = {
     "safetensors": _safetensors,
-    "zero3": lambda source, target: Zero3Layout(ranks=target.ranks, bf16=_is_bf16(source, target)),
+    "zero3": lambda source, target: Zero3Layout(
+        ranks=target.ranks,
+        tensor_ranks=target.tensor_ranks,
+        vocab_parallel=target.vocab_parallel,
+        bf16=_is_bf16(source, target),
+    ),
     "universal": lambda source, target: UniversalLayout(bf16=_is_bf16(source, target)),
 }
 """The formats that are written."""
@@ -116,10 +125,13 @@ def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) 
     for what, value, allowed in (("format", target.format, LAYOUTS), ("dtype", target.dtype or "float32", DTYPES)):
         if value not in allowed:
             raise InputError(one_of(what, value, allowed))
+    if target.format != "zero3" and (target.tensor_ranks != 1 or target.vocab_parallel):
+        raise InputError(f"--tp and --vocab-parallel are of --format zero3 alone; {target.format} has no ranks")
     folder = target.folder
     if folder.resolve() == path.resolve():
         raise InputError(f"{folder}: is the source itself; choose another folder")
     record = _record(path)
+    layout = LAYOUTS[target.format](source, target)
     about = {
         "format": 1,
         "name": folder.name,
@@ -127,11 +139,12 @@ def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) 
         **descend([{**record, "name": record.get("name", path.name)}]),
         "tokens": source.run.tokens,
         "inputs": [_fingerprint(path)],
+        "layout": repr(layout),
         "versions": {"growmerge": __version__, "torch": torch.__version__},
     }
     if manifest.is_complete(folder):
         known = _record(folder)
-        if any(known.get(key) != about[key] for key in ("verb", "recipe", "inputs")):
+        if any(known.get(key) != about[key] for key in ("verb", "recipe", "inputs", "layout")):
             made = known.get("verb", "unknown")
             raise InputError(f"{folder}: holds another checkpoint (made by {made}); choose another folder")
         manifest.check(folder)
@@ -142,7 +155,6 @@ def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) 
         raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
     companions = {name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()}
     workers = target.workers or os.cpu_count() or 1
-    layout = LAYOUTS[target.format](source, target)
     try:
         write_checkpoint(source, folder, layout, workers=workers, about=about, extra_files=companions)
     except NotFiniteError:

@@ -9,6 +9,10 @@ from rich.table import Table
 from checkpoint import manifest
 from checkpoint.finite import Finite
 from checkpoint.open import format_of, open_checkpoint
+from checkpoint.source import Source
+from checkpoint.zero3 import Zero3Source
+from checkpoint.zero3_tp import TensorParallelSource
+from checkpoint.zero12 import Zero12Source
 
 
 def print_checkpoint(folder: Path, *, check: bool, finite: bool) -> None:
@@ -25,6 +29,7 @@ def print_checkpoint(folder: Path, *, check: bool, finite: bool) -> None:
     about = source.run.provenance
     rows = {
         "format": kind,
+        "ranks": _ranks(source),
         "family": f"{source.family.name} ({source.config['model_type']})",
         "parameters": f"{sum(math.prod(info.shape) for info in owned.values()):,} in {len(owned)} tensors",
         "tied": ", ".join(aliases) or "no",
@@ -43,6 +48,14 @@ def print_checkpoint(folder: Path, *, check: bool, finite: bool) -> None:
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", value)
     Console(highlight=False).print(table)
+
+
+def _ranks(source: Source) -> str:
+    if isinstance(source, TensorParallelSource):
+        return f"{source.pieces[0].topology.ranks} data-parallel x {len(source.pieces)} tensor-parallel"
+    ranks = source.topology.ranks if isinstance(source, Zero3Source) else 0
+    ranks = source.ranks if isinstance(source, Zero12Source) else ranks
+    return f"{ranks} data-parallel" if ranks else "any number"
 
 
 def _integrity(folder: Path, deep: bool) -> str:

@@ -16,9 +16,9 @@ from checkpoint.source import Source, read_tensor
 from eval.model import load_model, stream_model
 from growmerge.sample_text import TEXT
 from parallel.errors import InputError
-from parallel.memory import available_memory
+from parallel.memory import available_memory, give_back_freed
 from train.data.tokenizer import load_tokenizer
-from upscale.factors import Recipe, axis_growths, residual_scale
+from upscale.factors import AxisGrowth, Recipe, axis_growths, residual_scale
 from upscale.state import rule_of
 from upscale.verify import GradientCheck, Preservation, check_gradients, clone_asymmetry, compare
 
@@ -59,7 +59,7 @@ def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor], *, by_
     tensors = {name: tensor for name, tensor in small.family.tensors(small.config).items() if tensor.tied_to is None}
     growths = {name: tuple(axes[axis] for axis in tensor.axes) for name, tensor in tensors.items()}
     matrices = [name for name, tensor in tensors.items() if tensor.kind == "matrix"]
-    asymmetries = [clone_asymmetry(read_tensor(grown, name), growths[name]) for name in matrices]
+    asymmetries = [_asymmetry(grown, name, growths[name]) for name in matrices]
     load = stream_model if by_module else load_model
     first, second = load(small), load(grown)
     exact = compare(first, second, batches)
@@ -80,6 +80,12 @@ def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor], *, by_
         asymmetry=sum(asymmetries) / len(asymmetries),
         gradients=gradients,
     )
+
+
+def _asymmetry(grown: Source, name: str, growths: Sequence[AxisGrowth]) -> float:
+    found = clone_asymmetry(read_tensor(grown, name), growths)
+    give_back_freed()
+    return found
 
 
 def recipe_of(small: Source, grown: Source) -> tuple[Recipe, bool]:

@@ -44,17 +44,19 @@ def compare(small: PreTrainedModel, grown: PreTrainedModel, batches: Iterable[to
     largest = difference = divergence = loss_small = loss_grown = 0.0
     same = positions = targets = 0
     for ids in batches:
-        before, after = (model(input_ids=ids).logits.float() for model in (small, grown))
-        largest = max(largest, before.abs().max().item())
-        difference = max(difference, (after - before).abs().max().item())
-        p, q = before.log_softmax(-1), after.log_softmax(-1)
-        divergence += (p.exp() * (p - q)).sum(-1).double().sum().item()
-        same += int((before.argmax(-1) == after.argmax(-1)).sum())
-        positions += ids.numel()
-        follow = ids[:, 1:].reshape(-1)
-        targets += follow.numel()
-        loss_small += _summed_loss(p, follow)
-        loss_grown += _summed_loss(q, follow)
+        logits = [model(input_ids=ids).logits for model in (small, grown)]
+        # Sample by sample [T, V]: with a large vocabulary each number of a position more is much memory.
+        for tokens, before, after in zip(ids, *logits, strict=True):
+            before, after = before.float(), after.float()
+            largest = max(largest, before.abs().max().item())
+            difference = max(difference, (after - before).abs().max().item())
+            p, q = before.log_softmax(-1), after.log_softmax(-1)
+            divergence += (p.exp() * (p - q)).sum(-1).double().sum().item()
+            same += int((before.argmax(-1) == after.argmax(-1)).sum())
+            positions += len(tokens)
+            targets += len(tokens) - 1
+            loss_small += _summed_loss(p, tokens[1:])
+            loss_grown += _summed_loss(q, tokens[1:])
     return Preservation(
         max_logit_difference=difference,
         relative=difference / largest if largest else math.nan,
@@ -66,7 +68,7 @@ def compare(small: PreTrainedModel, grown: PreTrainedModel, batches: Iterable[to
 
 
 def _summed_loss(log_probabilities: torch.Tensor, follow: torch.Tensor) -> float:
-    losses = F.nll_loss(log_probabilities[:, :-1].flatten(0, 1), follow, reduction="none")
+    losses = F.nll_loss(log_probabilities[:-1], follow, reduction="none")
     return losses.double().sum().item()
 
 

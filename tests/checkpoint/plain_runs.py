@@ -45,7 +45,7 @@ def build(ranks, variant):
 
     A variant has: zero (DeepSpeed's zero_optimization), bf16; and may have: model (changes of the tiny config),
     frozen (parts of names of parameters that are not trained), named, config (further settings of DeepSpeed),
-    tensor (ranks of tensor parallelism),
+    tensor (ranks of tensor parallelism) and tensor_config (DeepSpeed's settings of it, for our own),
     group_of (group by tensor, of those that are trained) and order (of groups), as a source to be loaded has them.
     """
     import deepspeed
@@ -54,10 +54,15 @@ def build(ranks, variant):
     config = {**deepspeed_config(how(ranks, variant["bf16"], tensor)), **variant.get("config", {})}
     config["zero_optimization"] = variant["zero"]
     if tensor > 1:
-        config["tensor_parallel"] = tensor_parallel(tensor)
+        config["tensor_parallel"] = variant.get("tensor_config") or tensor_parallel(tensor)
     changes = variant.get("model", {})
     sharded = variant["zero"]["stage"] == 3 and tensor == 1
-    model = build_model(tiny_config(**changes), config) if sharded else tiny_model(**changes).train()
+    model = tiny_model(**changes).train()
+    if sharded:
+        weights, model = dict(model.named_parameters()), build_model(tiny_config(**changes), config)
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(weights[name].data)
     chosen = variant.get("group_of") or {
         name: "last" if name == "model.norm.weight" else "no_decay" if "norm" in name else "decay"
         for name, _ in model.named_parameters()
@@ -96,13 +101,20 @@ def gathered(engine):
     return found
 
 
-def steps(engine, ranks, first, last, tensor=1):
-    """Train steps [first, last) and return their losses, the mean over all ranks."""
+def steps(engine, ranks, first, last, variant):
+    """Train steps [first, last) and return their losses, the mean over all ranks.
+
+    With DeepSpeed's own settings of tensor parallelism the head's output may be cut; the model's own loss knows how.
+    """
+    tensor = variant.get("tensor", 1)
     losses = []
     for step in range(first, last):
         ids = batch_of(step, ranks, tensor)
-        logits = engine(input_ids=ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        if "tensor_config" in variant:
+            loss = engine(input_ids=ids, labels=ids).loss
+        else:
+            logits = engine(input_ids=ids[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         engine.backward(loss)
         engine.step()
         losses.append(float(ranks.sum(loss.detach().double())) / ranks.world_size)
@@ -115,15 +127,14 @@ def train(ranks, folder, variants):
     found = {}
     for key, variant in variants.items():
         engine = build(ranks, variant)
-        tensor = variant.get("tensor", 1)
-        steps(engine, ranks, 0, STEPS, tensor)
+        steps(engine, ranks, 0, STEPS, variant)
         now = gathered(engine)
         state = {"growmerge": {"tokens": 7, "samples": 9, "seed": 1}}
         engine.save_checkpoint(folder, tag=key, client_state=state, save_latest=False)
         if ranks.first:
             config = json.dumps(tiny_config(**variant.get("model", {})))
             (Path(folder) / key / "config.json").write_text(config)
-        found[key] = (now, steps(engine, ranks, STEPS, STEPS + 2, tensor))
+        found[key] = (now, steps(engine, ranks, STEPS, STEPS + 2, variant))
         engine.destroy()
     return found
 
@@ -142,7 +153,7 @@ def loaded(ranks, folder, tag, variant):
     assert client["growmerge"]["tokens"] == 7
     assert engine.global_steps == STEPS
     now = gathered(engine)
-    losses = steps(engine, ranks, STEPS, STEPS + 2)
+    losses = steps(engine, ranks, STEPS, STEPS + 2, variant)
     engine.destroy()
     return now, losses
 

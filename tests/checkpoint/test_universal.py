@@ -3,18 +3,17 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import on_ranks, tiny_config
+from trained import Trained, assert_same, ds_to_universal
 
-from checkpoint.memory import MemorySource, ScratchSource
+from checkpoint.memory import ScratchSource
 from checkpoint.open import format_of, open_checkpoint
-from checkpoint.source import SLOTS, Group, Info, RunState, read_tensor
+from checkpoint.source import SLOTS, Group, read_tensor
 from checkpoint.universal_layout import UniversalLayout
 from checkpoint.writer import write_checkpoint
 from checkpoint.zero3_layout import Zero3Layout
@@ -105,29 +104,6 @@ def deepspeed_run(ranks, start, first, last, changes, tp=1, precision="float32",
     return losses
 
 
-def ds_to_universal(folder, target):
-    """Convert with DeepSpeed's own tool, and put the model's config beside."""
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    flags = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
-    main(
-        SimpleNamespace(
-            input_folder=str(folder), output_folder=str(target), num_extract_workers=1, num_merge_workers=1, **flags
-        )
-    )
-    (target / "config.json").write_text(json.dumps(tiny_config()))
-
-
-def assert_same(found, source):
-    """Compare all that two sources say and every element of every slot."""
-    assert list(found.infos) == list(source.infos)
-    assert (found.groups, found.run) == (source.groups, source.run)
-    for name, info in source.infos.items():
-        assert found.infos[name] == info
-        for slot, dtype in info.slots.items():
-            assert torch.equal(read_tensor(found, name, slot, dtype), read_tensor(source, name, slot, dtype)), name
-
-
 def test_a_real_run_goes_through_deepspeeds_tool_and_ours_and_trains_on_elsewhere(tmp_path):
     losses = on_ranks(tmp_path, 2, run, None, 0, 5, "float32", (str(tmp_path), 3))[0]
     source = open_checkpoint(tmp_path / "step-3")
@@ -204,38 +180,6 @@ def test_a_bfloat16_run(tmp_path):
     assert_same(open_checkpoint(tmp_path / "ours"), source)
     found = on_ranks(tmp_path, 2, deepspeed_run, str(tmp_path / "ours"), 2, 4, UNIVERSAL, 1, "bfloat16")
     assert found[0] == pytest.approx(losses[2:], abs=1e-5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained(MemorySource):
-    """A source with all slots: random, float32, its weights the masters rounded to `dtype`."""
-
-    tensors: dict = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-    run: RunState = field(default_factory=lambda: RunState(step=5, tokens=70, samples=9, seed=3))
-    groups: dict = field(
-        default_factory=lambda: {
-            "decay": Group(lr=1e-3, weight_decay=0.25, lr_factor=0.5, weight_decay_factor=2.0, step=5),
-            "no_decay": Group(lr=1e-3, eps_factor=0.5, norm_weight=4.0, step=5),
-        }
-    )
-
-    @cached_property
-    def infos(self):
-        slots = {"weight": self.dtype, **dict.fromkeys(SLOTS[1:], torch.float32)}
-        infos = {}
-        for name, tensor in self.family.tensors(self.config).items():
-            group = "no_decay" if "norm" in name else "decay"
-            infos[name] = Info(shape=tensor.shape, slots=slots, group=group)
-            if tensor.tied_to:
-                infos[name] = Info(shape=tensor.shape, slots={}, tied_to=tensor.tied_to)
-        return infos
-
-    def read(self, name, box, out, stats=None):
-        for slot, target in out.items():
-            seed = list(self.infos).index(name) * 4 + SLOTS.index("master" if slot == "weight" else slot)
-            values = torch.randn(self.infos[name].shape, generator=torch.Generator().manual_seed(seed))[box]
-            target.copy_(values.to(self.dtype) if slot == "weight" else values)
 
 
 @pytest.mark.parametrize(

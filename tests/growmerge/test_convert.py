@@ -82,16 +82,24 @@ def test_there_and_back_gives_the_same_bytes(model, tmp_path):
     for source, target, *options in (
         ("small", "z", "--format", "zero3", "--dp", "3"),
         ("z", "u", "--format", "universal"),
-        ("u", "back", "--shard-gb", "1e-5"),
+        ("u", "t", "--format", "zero3", "--dp", "2", "--tp", "2"),
+        ("t", "back", "--shard-gb", "1e-5"),
         ("back", "single", "--workers", "1"),
     ):
         ran = growmerge("convert", str(tmp_path / source), str(tmp_path / target), *options)
         assert ran.returncode == 0, ran.stderr
+    assert len(list((tmp_path / "t").glob("zero_pp_rank_?_mp_rank_??_model_states.pt"))) == 4
+    shown = growmerge("inspect", str(tmp_path / "t"), "--check", COLUMNS="120").stdout
+    assert "zero3_tp" in shown
+    assert "2 data-parallel x 2 tensor-parallel" in shown
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
     ours, theirs = load_file(tmp_path / "single" / "model.safetensors"), load_file(model / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    other = ("convert", str(tmp_path / "u"), str(tmp_path / "t"), "--format", "zero3", "--dp", "2", "--tp")
+    assert growmerge(*other, "2").stdout.startswith("nothing to do")
+    assert "holds another checkpoint (made by convert); choose another folder" in growmerge(*other, "1").stderr
 
 
 def test_killed_half_way_it_goes_on_with_what_is_missing(model, tmp_path):
@@ -130,6 +138,13 @@ def test_killed_half_way_it_goes_on_with_what_is_missing(model, tmp_path):
         (("convert", "gone", "new"), "gone: no such checkpoint folder"),
         (("convert", "full", "new"), "full: not a checkpoint of a known format (*"),
         (("convert", "small", "new", "--format", "zero3", "--dp", "0"), "a ZeRO-3 checkpoint of 0 ranks cannot be *"),
+        (("convert", "small", "new", "--format", "zero3", "--tp", "0"), "a ZeRO-3 checkpoint of 0 tensor-parallel *"),
+        (
+            ("convert", "small", "new", "--format", "zero3", "--tp", "3"),
+            "model.layers.0.self_attn.q_proj.weight has*",
+        ),
+        (("grow", "small", "new", "--tp", "2"), "--tp and --vocab-parallel are of --format zero3 alone; safetensors *"),
+        (("convert", "small", "new", "--format", "universal", "--tp", "2"), "--tp and --vocab-parallel are of *"),
         (("verify", "small", "small", "--text", "gone.txt"), "gone.txt: cannot be read as UTF-8 text (*"),
     ],
 )
