@@ -197,3 +197,14 @@ def test_a_nan_is_refused_where_asked(model, tmp_path):
     assert CliRunner().invoke(main, ["convert", str(model), str(tmp_path / "to")]).exit_code == 0
     again = CliRunner().invoke(main, ["convert", str(model), str(tmp_path / "to"), "--finite"])
     assert (again.exit_code, again.stderr) == (2, line.replace(str(model), str(tmp_path / "to")))
+
+
+@pytest.mark.parametrize(("free", "gradients"), [(10**12, True), (10**5, False)])
+def test_models_that_do_not_fit_are_read_a_module_at_a_time(model, tmp_path, monkeypatch, free, gradients):
+    assert CliRunner().invoke(main, ["grow", str(model), str(tmp_path / "big"), "--width", "2"]).exit_code == 0
+    monkeypatch.setattr("growmerge.verify.available_memory", lambda: free)
+    shown = CliRunner().invoke(main, ["verify", str(model), str(tmp_path / "big"), "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert found["preserved"] is True
+    assert (found["gradients"] is not None) == gradients
