@@ -175,28 +175,30 @@ def against_whole_models(folder: Path) -> None:
     write_checkpoint(
         Quick(config=MODELS["135M"], seed=0), small, SafetensorsLayout(), workers=workers, about={"name": "135M"}
     )
-    ours, theirs = [], []
-    for _ in range(3):
-        for took, action in (
-            (theirs, partial(whole_models, small, target)),
-            (
-                ours,
-                lambda: write_checkpoint(
-                    grow(open_checkpoint(small), Recipe(width=2)), target, SafetensorsLayout(), workers=workers
-                ),
-            ),
-        ):
-            took.append(seconds(action))
-            shutil.rmtree(target)
-    ratios = [other / one for one, other in zip(ours, theirs, strict=True)]
-    table = Table(title="135M -> 481M parameters, float32, from disk to disk; median of 3 turns [least, most]")
-    for column in ("ours, exact split: s", "both models in memory: s", "times as fast"):
+    recipes = {"symmetric, as theirs": Recipe(width=2, method="symmetric"), "exact split": Recipe(width=2)}
+    table = Table(title=f"135M -> 481M parameters, float32, disk to disk; median of {ROUNDS} turns [least, most]")
+    for column in ("ours", "ours s", "both models in memory: s", "times as fast"):
         table.add_column(column, justify="right")
-    table.add_row(
-        f"{statistics.median(ours):.2f}",
-        f"{statistics.median(theirs):.2f}",
-        f"{statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]",
-    )
+    ours: dict[str, list[float]] = {what: [] for what in recipes}
+    theirs = []
+
+    def run(took: list[float], action: Callable[[], object]) -> None:
+        took.append(seconds(action))
+        shutil.rmtree(target)
+
+    for _ in range(ROUNDS):
+        run(theirs, partial(whole_models, small, target))
+        for what, recipe in recipes.items():
+            made = grow(open_checkpoint(small), recipe)
+            run(ours[what], partial(write_checkpoint, made, target, SafetensorsLayout(), workers=workers))
+    for what, took in ours.items():
+        ratios = [other / one for one, other in zip(took, theirs, strict=True)]
+        table.add_row(
+            what,
+            f"{statistics.median(took):.2f}",
+            f"{statistics.median(theirs):.2f}",
+            f"{statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]",
+        )
     Console(width=110).print(table)
 
 

@@ -1,7 +1,8 @@
 """Manifests: a folder is complete if and only if `manifest.json` exists, and it says what every byte should be.
 
 The manifest is written last, when every file is on disk and synced. It holds each file's size, modification time and
-SHA-256 by block of 16 MiB, so that a partial reader can verify what it reads.
+XXH3 (128 bits) by block of 16 MiB, so that a partial reader can verify what it reads. XXH3 finds damage, twenty times
+as fast as SHA-256; neither guards against somebody who can rewrite the manifest as well.
 """
 
 import hashlib
@@ -10,10 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from checkpoint.files import inside, read_json, sync_folder, write_json
 from parallel.errors import InputError
 
 NAME = "manifest.json"
+FORMAT = 2
 BLOCK = 16 * 2**20
 UNCOVERED = frozenset({NAME, "README.md"})
 """Files that no manifest covers; a model card gains its results later."""
@@ -23,12 +27,17 @@ def is_complete(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
+def block_hash(block: Any) -> str:
+    """Return the checksum of a block of bytes (anything with the buffer protocol)."""
+    return xxhash.xxh3_128_hexdigest(block)
+
+
 def block_hashes(path: Path) -> list[str]:
-    """Return the SHA-256 of each block of 16 MiB of a file."""
+    """Return the checksum of each block of 16 MiB of a file."""
     hashes = []
     with path.open("rb") as file:
         while block := file.read(BLOCK):
-            hashes.append(hashlib.sha256(block).hexdigest())
+            hashes.append(block_hash(block))
     return hashes
 
 
@@ -66,10 +75,10 @@ def write_manifest(
         entries[name] = {
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
-            "sha256": known[name] if known and name in known else block_hashes(path),
+            "xxh3": known[name] if known and name in known else block_hashes(path),
         }
         sync_folder(path.parent)
-    manifest = {"format": 1, "block": BLOCK, "about": dict(about or {}), "files": entries}
+    manifest = {"format": FORMAT, "block": BLOCK, "about": dict(about or {}), "files": entries}
     write_json(folder / NAME, manifest)
     return manifest
 
@@ -85,6 +94,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / NAME)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise InputError(f"{folder / NAME}: damaged (it lists no files)")
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{folder / NAME}: of format {manifest.get('format')!r}, this version of growmerge knows {FORMAT}; "
+            "its files are as they were: remove it to read them without their checksums"
+        )
     return manifest
 
 
@@ -118,7 +132,7 @@ def _check_files(folder: Path, manifest: Mapping[str, Any], deep: bool) -> None:
         if stat.st_size != entry["size"]:
             raise InputError(f"{path}: truncated or changed ({stat.st_size} bytes, {NAME} says {entry['size']})")
         if deep or stat.st_mtime_ns != entry["mtime_ns"]:
-            for number, (found, said) in enumerate(zip(block_hashes(path), entry["sha256"], strict=True)):
+            for number, (found, said) in enumerate(zip(block_hashes(path), entry["xxh3"], strict=True)):
                 if found != said:
                     raise InputError(f"{path}: damaged (checksum of block {number} differs from {NAME})")
         if path.name == NAME:
@@ -129,5 +143,5 @@ def digest(manifest: Mapping[str, Any]) -> str:
     """Return one hash for all files of a manifest: what a folder's content is known by."""
     total = hashlib.sha256()
     for name, entry in sorted(manifest["files"].items()):
-        total.update(f"{name}\0{entry['size']}\0{','.join(entry['sha256'])}\n".encode())
+        total.update(f"{name}\0{entry['size']}\0{','.join(entry['xxh3'])}\n".encode())
     return total.hexdigest()

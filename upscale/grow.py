@@ -172,7 +172,7 @@ class GrownSource:
             for runs in product(*(runs for _, runs in piece)):
                 tiled = tuple(run.copy for dim, run in enumerate(runs) if dim != shared)
                 if tiled not in shares:
-                    shares[tiled] = self._share(name, place, small, divided, tiled, noise)
+                    shares[tiled] = self._share(name, place, small, out, divided, tiled, noise)
                 share = 0 if shared is None else runs[shared].copy
                 first = not any(run.copy for run in runs)
                 for slot, target in out.items():
@@ -201,7 +201,14 @@ class GrownSource:
         return values
 
     def _share(
-        self, name: str, box: Box, small: Values, divided: int | None, tiled: tuple[int, ...], noise: float
+        self,
+        name: str,
+        box: Box,
+        small: Values,
+        out: Mapping[Slot, torch.Tensor],
+        divided: int | None,
+        tiled: tuple[int, ...],
+        noise: float,
     ) -> Shares:
         """Divide a box of the small weight and master among the copies of one dim, for one copy of the others."""
         whole: Values = {slot: small[slot] for slot in SLOTS[:2] if slot in small}
@@ -220,8 +227,9 @@ class GrownSource:
             output = tiled[0] if tiled else 0
             # Where the outputs have no copies of their own, a whole value for one input leaves the others unused.
             alone = self.recipe.method == "diagonal" and self.rule(name).r_out > 1
+            dtypes = {slot: torch.float32 if noise or slot not in out else out[slot].dtype for slot in whole}
             parts = {
-                slot: diagonal(values, copies, output) if alone else symmetric(values, copies, offset)
+                slot: diagonal(values, copies, output) if alone else symmetric(values, copies, offset, dtypes[slot])
                 for slot, values in whole.items()
             }
             if noise:

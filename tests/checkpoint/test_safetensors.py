@@ -128,6 +128,14 @@ def test_a_flipped_bit_is_found_and_named(tiny_folder, tmp_path):
         manifest.check(folder, deep=True)
 
 
+def test_a_manifest_of_another_format_says_so(tiny_folder, tmp_path):
+    write_checkpoint(open_checkpoint(tiny_folder()), tmp_path / "copy", SafetensorsLayout())
+    path = tmp_path / "copy" / manifest.NAME
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(InputError, match="manifest.json: of format 1, this version of growmerge knows 2"):
+        manifest.check(tmp_path / "copy")
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting a small file system takes root")
 def test_a_full_disk_is_one_line_and_never_looks_complete(tiny_folder, tmp_path):
     small = tmp_path / "small"
