@@ -34,10 +34,11 @@ def work(rank: int, rendezvous: str) -> None:
     from checkpoint.memory import ScratchSource
     from parallel.ranks import connect
     from train import engine as ours
+    from train.batch import plain_batch
     from train.engine import Engine, EngineConfig
 
     ranks = connect(rank, 2, rendezvous=Path(rendezvous))
-    batch = (torch.randint(0, 2048, (BATCH, LENGTH + 1)), torch.ones(BATCH))
+    batch = plain_batch(torch.randint(0, 2048, (BATCH, LENGTH + 1)))
     tuned, gather_at_once = ours.deepspeed_config, ours._gather_at_once
     rows = []
     for hidden in (96, 192):
@@ -64,7 +65,7 @@ def work(rank: int, rendezvous: str) -> None:
                 ranks.barrier()
                 began = time.perf_counter()
                 for _ in range(STEPS):
-                    engine.step([batch], 1e-3, 2 * BATCH * LENGTH)
+                    engine.step([batch], 1e-3)
                 if turn:  # the first turn warms up
                     seconds[name].append((time.perf_counter() - began) / STEPS)
         pairs = [other / one for one, other in zip(seconds["ours"], seconds["defaults"], strict=True)]

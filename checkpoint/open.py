@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from checkpoint.pipeline import is_pipeline, open_pipeline
 from checkpoint.safetensors import INDEX, SINGLE, open_safetensors
 from checkpoint.source import Source
 from checkpoint.torch_bin import is_torch_bin, open_torch_bin
 from checkpoint.universal import is_universal, open_universal
+from checkpoint.zero0 import is_zero0, open_zero0
 from checkpoint.zero3 import is_zero3, open_zero3
 from checkpoint.zero3_tp import is_zero3_tp, open_zero3_tp
 from checkpoint.zero12 import is_zero12, open_zero12
@@ -20,9 +22,11 @@ def is_safetensors(folder: Path) -> bool:
 FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Source]]] = {
     "safetensors": (is_safetensors, open_safetensors),
     "torch_bin": (is_torch_bin, open_torch_bin),
+    "zero0": (is_zero0, open_zero0),
     "zero12": (is_zero12, open_zero12),
     "zero3": (is_zero3, open_zero3),
     "zero3_tp": (is_zero3_tp, open_zero3_tp),
+    "pipeline": (is_pipeline, open_pipeline),
     "universal": (is_universal, open_universal),
 }
 

@@ -67,14 +67,17 @@ def read_shard(
         at = 0
         for name, shape in sub_group.tensors:
             start, stop = part_of(shape, topology.ranks, rank)
-            _fill(source, name, start, stop, {slot: flat[slot][at : at + stop - start] for slot in slots})
+            read_range(source, name, start, stop, {slot: flat[slot][at : at + stop - start] for slot in slots})
             at += part_size(numel(shape), topology.ranks)
         shard.append(flat)
     return shard
 
 
-def _fill(source: Source, name: str, start: int, stop: int, out: Mapping[Slot, torch.Tensor]) -> None:
-    """Fill flat float32 tensors with elements [start, stop) of a tensor's slots, tile by tile."""
+def read_range(source: Source, name: str, start: int, stop: int, out: Mapping[Slot, torch.Tensor]) -> None:
+    """Fill flat float32 tensors with elements [start, stop) of a tensor's slots, tile by tile.
+
+    A master that the source has not is its weight; other slots that it has not are left as they are.
+    """
     info = source.infos[name]
     wanted: dict[Slot, torch.Tensor] = {}
     for slot, target in out.items():

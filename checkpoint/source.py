@@ -78,6 +78,8 @@ class RunState:
     samples: int = 0
     seed: int | None = None
     schedule: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What the training that wrote it wants back when it goes on."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -7,6 +7,8 @@ flattened row-major one after the other (with `parameter_alignment` there is pad
 files list). The whole is padded to a multiple of 2 x ranks elements and cut into equal parts, one a rank. So a part may
 begin and end inside a parameter, and a rank may have padding alone. Whether files keep a part's padding at the end
 depends on slot and settings. (The `param_slice_mappings` are not used: with `round_robin_gradients` they are wrong.)
+A run with tensor parallelism has these files once a rank of it (`_mp_rank_{t:02d}_`, of its pieces), one with a
+pipeline once a stage (of its layers, without weights: `checkpoint.pipeline`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +21,19 @@ import torch
 
 from checkpoint.pickles import load_pickle
 from checkpoint.shard import STATE_SLOTS, flat_runs, numel
-from checkpoint.source import Box, Group, Info, Map, RunState, Slot, box_shape, row_major_tiles
-from checkpoint.zero_files import FROZEN, config_of, groups_of, load_model, optim_name, run_of
+from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, box_shape, row_major_tiles
+from checkpoint.zero3_tp import TensorParallelSource
+from checkpoint.zero_files import FROZEN, PARAMETER_NAMES, config_of, groups_of, load_model, optim_name, run_of
 from parallel.errors import InputError
 from parallel.families import Family, family_of
 
-MODEL = "mp_rank_00_model_states.pt"
+
+def whole_name(rank: int = 0) -> str:
+    """Return the name of the model file of a tensor-parallel rank, or of a pipeline's stage."""
+    return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+MODEL = whole_name()
 ALIGNMENT = 2
 """A group's flat buffer is padded to a multiple of this times the ranks (DeepSpeed: nccl_start_alignment_factor)."""
 
@@ -55,7 +64,7 @@ def flat_group(group: str, shapes: Mapping[str, Sequence[int]], paddings: Sequen
 
 @dataclass(frozen=True, kw_only=True)
 class Zero12Source:
-    """A saved ZeRO-1 or ZeRO-2 run without tensor parallelism."""
+    """A saved ZeRO-1 or ZeRO-2 run, or what one tensor-parallel rank or one pipeline stage has of it."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -63,7 +72,11 @@ class Zero12Source:
     groups: Mapping[str, Group]
     ranks: int
     flats: tuple[FlatGroup, ...]
+    trained: Mapping[str, tuple[int, ...]]
+    """Shape of each tensor that the optimizer has."""
     bf16: bool
+    tensor_rank: int = 0
+    """Which of the model-parallel ranks' files."""
 
     @cached_property
     def family(self) -> Family:
@@ -71,7 +84,13 @@ class Zero12Source:
 
     @cached_property
     def _weights(self) -> Mapping[str, torch.Tensor]:
-        return load_pickle(self.folder / MODEL)["module"]
+        """Weights as the run computes with them; a pipeline's lie elsewhere, and are its masters rounded."""
+        return load_pickle(self.folder / whole_name(self.tensor_rank))["module"] or {}
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """name -> shape in the files, of every tensor that lies there"""
+        return {**{name: tuple(weight.shape) for name, weight in self._weights.items()}, **self.trained}
 
     @cached_property
     def _where(self) -> dict[str, int]:
@@ -83,7 +102,7 @@ class Zero12Source:
         """[rank][group][slot] -> flat tensor, in the file until read; of a length that the group's cut explains"""
         ranks: list[list[dict[Slot, torch.Tensor]]] = []
         for rank in range(self.ranks):
-            path = self.folder / optim_name(rank, self.bf16)
+            path = self.folder / optim_name(rank, self.bf16, self.tensor_rank)
             state = load_optimizer(path)
             masters, moments = state["single_partition_of_fp32_groups"], base_state(state)["state"]
             if len(masters) != len(self.flats):
@@ -105,7 +124,7 @@ class Zero12Source:
 
     @cached_property
     def infos(self) -> Mapping[str, Info]:
-        path, tensors = self.folder / MODEL, self.family.tensors(self.config)
+        path, tensors = self.folder / whole_name(self.tensor_rank), self.family.tensors(self.config)
         for name in self._where:
             if name not in tensors:
                 raise InputError(f"{path}: trains {name}, which the model of config.json has not")
@@ -114,18 +133,22 @@ class Zero12Source:
             if tensor.tied_to is not None:
                 infos[name] = Info(shape=tensor.shape, slots={}, tied_to=tensor.tied_to)
                 continue
-            if name not in self._weights:
+            if name not in self.shapes:
                 raise InputError(f"{path}: tensor {name} is missing")
-            weight = self._weights[name]
-            if tuple(weight.shape) != tensor.shape:
-                raise InputError(f"{path}: {name} has shape {tuple(weight.shape)}, config.json says {tensor.shape}")
-            slots: dict[Slot, torch.dtype] = {"weight": weight.dtype}
-            number = self._where.get(name)
-            if number is not None:
-                slots |= {slot: part.dtype for slot, part in self._parts[0][number].items()}
-            group = FROZEN if number is None else self.flats[number].group
-            infos[name] = Info(shape=tensor.shape, slots=slots, group=group, trainable=number is not None)
+            if self.shapes[name] != tensor.shape:
+                raise InputError(f"{path}: {name} has shape {self.shapes[name]}, config.json says {tensor.shape}")
+            infos[name] = self.info(name)
         return infos
+
+    def info(self, name: str) -> Info:
+        """Return what is known of a tensor; its shape is that of this rank's piece."""
+        run = torch.bfloat16 if self.bf16 else torch.float32
+        slots: dict[Slot, torch.dtype] = {"weight": self._weights[name].dtype if name in self._weights else run}
+        number = self._where.get(name)
+        if number is not None:
+            slots |= {slot: part.dtype for slot, part in self._parts[0][number].items()}
+        group = FROZEN if number is None else self.flats[number].group
+        return Info(shape=self.shapes[name], slots=slots, group=group, trainable=number is not None)
 
     def tiles(self, name: str) -> Sequence[Box]:
         return row_major_tiles(self.infos[name].shape)
@@ -135,11 +158,14 @@ class Zero12Source:
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
         for slot, target in out.items():
-            if slot == "weight":
+            if slot == "weight" and name in self._weights:
                 target.copy_(self._weights[name][box])
             else:
-                runs = flat_runs(self.infos[name].shape, box)
-                flat = torch.cat([piece for run in runs for piece in self._run(name, slot, *run)])
+                stored: Slot = "master" if slot == "weight" else slot
+                runs = flat_runs(self.shapes[name], box)
+                flat = torch.cat([piece for run in runs for piece in self._run(name, stored, *run)])
+                if slot == "weight" and self.bf16:
+                    flat = flat.to(torch.bfloat16)
                 target.copy_(flat.view(box_shape(box)))
 
     def _run(self, name: str, slot: Slot, start: int, stop: int) -> list[torch.Tensor]:
@@ -181,28 +207,49 @@ def base_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def is_zero12(folder: Path) -> bool:
     """Return whether a folder holds a ZeRO-1 or ZeRO-2 run; ZeRO-3 has a model file for each rank instead."""
-    return (folder / MODEL).is_file() and any((folder / optim_name(0, bf16)).is_file() for bf16 in (True, False))
+    return (
+        (folder / MODEL).is_file()
+        and any((folder / optim_name(0, bf16)).is_file() for bf16 in (True, False))
+        and not any(folder.glob("layer_*-model_states.pt"))
+    )
 
 
-def open_zero12(folder: Path) -> Zero12Source:
+def open_zero12(folder: Path) -> Source:
     """Open a ZeRO-1 or ZeRO-2 checkpoint folder (the one that holds the `*_states.pt` files) lazily.
 
     `config.json`, the model's Hugging Face config, has to lie in the folder or in the one above.
 
     Raises:
-        InputError: a file is missing, damaged or of another kind, or the run was tensor or expert parallel; later,
-            when a tensor is missing, unknown, or of another shape than config.json says.
+        InputError: a file is missing, damaged or of another kind, or the run was expert parallel; later, when a tensor
+            is missing, unknown, or of another shape than config.json says.
+    """
+    pieces = open_ranks(folder)
+    return pieces[0] if len(pieces) == 1 else TensorParallelSource(folder=folder, pieces=pieces)
+
+
+def open_ranks(folder: Path, renamed: bool = False) -> tuple[Zero12Source, ...]:
+    """Open the files of each model-parallel rank (of tensor parallelism, or a pipeline's stage).
+
+    Args:
+        renamed: whether tensors have names of the run's own, for which each model file gives the Hugging Face name.
     """
     config = config_of(folder)
-    model = load_model(folder / MODEL, "module")
-    if model["mp_world_size"] != 1:
-        raise InputError(f"{folder}: written with tensor parallelism {model['mp_world_size']}; merge it to 1 first")
+    count = load_model(folder / MODEL, "module")["mp_world_size"]
+    for rank in range(count):
+        if not (folder / whole_name(rank)).is_file():
+            raise InputError(f"{folder / whole_name(rank)}: missing (the run had {count} model-parallel ranks)")
+    return tuple(_open_rank(folder, config, rank, renamed) for rank in range(count))
+
+
+def _open_rank(folder: Path, config: Mapping[str, Any], tensor_rank: int, renamed: bool) -> Zero12Source:
+    model = load_model(folder / whole_name(tensor_rank), "module")
     ranks = model["dp_world_size"]
-    bf16 = (folder / optim_name(0, True)).is_file()
-    for path in (folder / optim_name(rank, bf16) for rank in range(ranks)):
+    bf16 = (folder / optim_name(0, True, tensor_rank)).is_file()
+    for path in (folder / optim_name(rank, bf16, tensor_rank) for rank in range(ranks)):
         if not path.is_file():
             raise InputError(f"{path}: missing (the checkpoint was written by {ranks} ranks)")
-    state = load_optimizer(folder / optim_name(0, bf16))
+    first = optim_name(0, bf16, tensor_rank)
+    state = load_optimizer(folder / first)
     counts = state["partition_count"]
     if any(count != ranks for count in (counts if isinstance(counts, list) else [counts])):
         raise InputError(f"{folder}: cut over {counts} ranks by group (expert parallel); not read")
@@ -210,10 +257,24 @@ def open_zero12(folder: Path) -> Zero12Source:
     shapes = model["param_shapes"]
     paddings = state.get("param_alignment_paddings") or [[0] * len(entry) for entry in shapes]
     if [len(entry) for entry in shapes] != [len(entry) for entry in paddings] or len(names) != len(shapes):
-        raise InputError(f"{folder / MODEL}: its parameter groups are not those of {optim_name(0, bf16)}")
+        raise InputError(f"{folder / whole_name(tensor_rank)}: its parameter groups are not those of {first}")
+    if renamed:
+        known = model.get("growmerge", {}).get(PARAMETER_NAMES, {})
+        for name in (name for entry in shapes for name in entry if name not in known):
+            raise InputError(f"{folder / whole_name(tensor_rank)}: no Hugging Face name for {name}")
+        shapes = [{known[name]: shape for name, shape in entry.items()} for entry in shapes]
     flats = tuple(flat_group(*parts, ranks) for parts in zip(names, shapes, paddings, strict=True))
     owned = {name for name, tensor in family_of(config).tensors(config).items() if tensor.tied_to is None}
-    if owned - {name for flat in flats for name in flat.starts}:
+    if not renamed and owned - {name for flat in flats for name in flat.starts}:
         groups.setdefault(FROZEN, Group())
-    run = run_of(model, folder)
-    return Zero12Source(folder=folder, config=config, run=run, groups=groups, ranks=ranks, flats=flats, bf16=bf16)
+    return Zero12Source(
+        folder=folder,
+        config=config,
+        run=run_of(model, folder),
+        groups=groups,
+        ranks=ranks,
+        flats=flats,
+        trained={name: tuple(shape) for entry in shapes for name, shape in entry.items()},
+        bf16=bf16,
+        tensor_rank=tensor_rank,
+    )

@@ -37,6 +37,11 @@ class Zero3Source:
     bf16: bool
     tensor_rank: int = 0
 
+    @property
+    def ranks(self) -> int:
+        """Data-parallel ranks."""
+        return self.topology.ranks
+
     @cached_property
     def family(self) -> Family:
         return family_of(self.config)

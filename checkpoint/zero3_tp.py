@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
 from checkpoint.tensor_parallel import DIMS, Cut
-from checkpoint.zero3 import Zero3Source, open_rank
+from checkpoint.zero3 import open_rank
 from checkpoint.zero_files import load_model, model_name
 from parallel.errors import InputError
 from parallel.families import Family, Split, family_of
@@ -45,12 +45,31 @@ def bounds(shape: Sequence[int], split: Split, pieces: Sequence[Sequence[int]]) 
     return dim, ends
 
 
+class RankSource(Protocol):
+    """What one tensor-parallel rank has of a saved run."""
+
+    @property
+    def tensor_rank(self) -> int: ...
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def groups(self) -> Mapping[str, Group]: ...
+    @property
+    def run(self) -> RunState: ...
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def info(self, name: str) -> Info: ...
+    def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorParallelSource:
-    """A saved ZeRO-3 run with tensor parallelism."""
+    """A saved run with tensor parallelism."""
 
     folder: Path
-    pieces: tuple[Zero3Source, ...]
+    pieces: tuple[RankSource, ...]
     """What each tensor-parallel rank has."""
 
     @property

@@ -11,6 +11,8 @@ from parallel.errors import InputError
 
 FROZEN = "frozen"
 """The group that tensors have which no optimizer has."""
+PARAMETER_NAMES = "parameter_names"
+"""Where our own runs of a pipeline say, in their client state, which Hugging Face tensor each parameter is."""
 COUNTERS = ("param_shapes", "dp_world_size", "mp_world_size", "global_steps", "global_samples")
 """What every model file has, beside what its stage adds."""
 
@@ -56,6 +58,7 @@ def run_of(model: Mapping[str, Any], folder: Path) -> RunState:
         tokens=ours.get("tokens", 0),
         samples=ours.get("samples", model["global_samples"]),
         seed=ours.get("seed"),
+        extra=ours.get("extra", {}),
         provenance=read_json(folder / "growmerge.json") if (folder / "growmerge.json").is_file() else {},
     )
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from growmerge import __version__
+from growmerge.cli_data import data
+from growmerge.cli_tokenizer import tokenizer
 from parallel.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,6 +85,26 @@ def run(pipeline: Path, workdir: Path | None, executor: str, dry_run: bool) -> N
         print_plan(pipeline, workdir)
     else:
         sys.exit(run_pipeline(pipeline, workdir, executor))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--workdir", type=click.Path(path_type=Path), help="The run's folder; runs/<name> by default.")
+@click.option(
+    "--executor",
+    type=click.Choice(["auto", "local", "slurm"]),
+    default="auto",
+    show_default=True,
+    help="Where its ranks run, unless torchrun or srun has started this command as one of them.",
+)
+def train(config: Path, workdir: Path | None, executor: str) -> None:
+    """Train what CONFIG says: one run, which goes on by itself where a killed one stopped, on any number of ranks.
+
+    Exit code 75: it was asked to stop (SIGTERM, SIGUSR2) and has saved; the same command goes on.
+    """
+    from growmerge.training import train_file
+
+    sys.exit(train_file(config, workdir, executor))
 
 
 @main.command()
@@ -203,6 +225,10 @@ def verify(small: Path, grown: Path, text: Path | None, tokens: int, by_module: 
 
     sys.exit(print_verification(small, grown, text=text, tokens=tokens, by_module=by_module, as_json=as_json))
 
+
+main.add_command(tokenizer)
+
+main.add_command(data)
 
 if __name__ == "__main__":
     main()

@@ -8,17 +8,20 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from growmerge import rules, rules_data, rules_mixture
 from growmerge.document import Item, read_document
-from growmerge.rules import RANGES, RULES
 from growmerge.schema import Pipeline, Stage, Training, TrainStage
 from parallel.errors import InputError, one_of
 
 VARIABLE = re.compile(r"\{([^{}]*)\}")
 """A variable of a grid, such as `{setup}`."""
 STAGES = "stages."
+Kind = TypeVar("Kind")
 LARGEST = 2**63 - 1
+RANGES = {**rules.RANGES, **rules_data.RANGES, **rules_mixture.RANGES}
+RULES = {**rules.RULES, **rules_data.RULES, **rules_mixture.RULES}
 OVERRIDES: Mapping[tuple[type, str], type] = {(TrainStage, "training"): Training}
 """Fields that hold some keys of another dataclass: each given key is checked as if it stood there."""
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
@@ -69,6 +72,17 @@ def load_pipeline(path: Path) -> tuple[Pipeline, Marks]:
     stages = root.value["stages"].value if isinstance(root.value, dict) else {}
     marks.stages.update(cast(dict[str, Item], stages))
     return pipeline, marks
+
+
+def load_file(kind: type[Kind], path: Path) -> tuple[Kind, Marks]:
+    """Read a file that is one dataclass of any schema.
+
+    Raises:
+        InputError: the file cannot be read, or a key, type or value in it is wrong.
+    """
+    marks = Marks(file=path)
+    built: Kind = _Builder(marks, grids=False).build(kind, read_document(path), "")
+    return built, marks
 
 
 def build_stage(item: Item, key: str, marks: Marks) -> Stage:
@@ -203,9 +217,13 @@ class _Builder:
 
 
 def _fits(hint: Any, item: Item) -> bool:
-    """Whether a scalar is what a type takes. YAML 1.1 reads 6e-3 as text, so a number may come as text."""
+    """Whether a value is what a type takes: a scalar, or a mapping with a key of a dataclass.
+
+    YAML 1.1 reads 6e-3 as text, so a number may come as text.
+    """
     if not isinstance(item.value, str):
-        return False
+        mapping = is_dataclass(hint) and isinstance(item.value, dict)
+        return mapping and not _hints(cast(type, hint)).keys().isdisjoint(item.value)
     if hint is str:
         return item.tag in ("str", "filled")
     if hint is bool:

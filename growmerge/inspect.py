@@ -9,6 +9,7 @@ from rich.table import Table
 from checkpoint import manifest
 from checkpoint.finite import Finite
 from checkpoint.open import format_of, open_checkpoint
+from checkpoint.pipeline import PipelineSource
 from checkpoint.source import Source
 from checkpoint.zero3 import Zero3Source
 from checkpoint.zero3_tp import TensorParallelSource
@@ -52,10 +53,10 @@ def print_checkpoint(folder: Path, *, check: bool, finite: bool) -> None:
 
 def _ranks(source: Source) -> str:
     if isinstance(source, TensorParallelSource):
-        return f"{source.pieces[0].topology.ranks} data-parallel x {len(source.pieces)} tensor-parallel"
-    ranks = source.topology.ranks if isinstance(source, Zero3Source) else 0
-    ranks = source.ranks if isinstance(source, Zero12Source) else ranks
-    return f"{ranks} data-parallel" if ranks else "any number"
+        return f"{source.pieces[0].ranks} data-parallel x {len(source.pieces)} tensor-parallel"
+    if isinstance(source, PipelineSource):
+        return f"{source.stages[0].ranks} data-parallel x {len(source.stages)} pipeline stages"
+    return f"{source.ranks} data-parallel" if isinstance(source, Zero3Source | Zero12Source) else "any number"
 
 
 def _integrity(folder: Path, deep: bool) -> str:

@@ -21,7 +21,8 @@ from growmerge.schema import (
     TokenizerConfig,
     Training,
 )
-from parallel.errors import one_of
+from parallel.errors import InputError, one_of
+from parallel.mesh import mesh_of
 from upscale.factors import FAINTEST
 
 Problem = tuple[str, str]
@@ -80,13 +81,20 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "micro_batch": FROM_1,
         "lr": FROM_0,
         "warmup": FROM_0,
-        "decay": Range(at_least=0, at_most=1),
+        "decay": FROM_0,
+        "floor": Range(at_least=0, at_most=1),
         "betas": Range(at_least=0, below=1),
         "eps": ABOVE_0,
         "weight_decay": FROM_0,
         "clip": ABOVE_0,
         "checkpoint_every": FROM_1,
+        "keep": FROM_1,
+        "keep_every": FROM_1,
         "evaluate_every": FROM_0,
+        "zero": Range(at_least=0, at_most=3),
+        **dict.fromkeys(("tp", "sp", "pp", "stop_after"), FROM_1),
+        "skip_sigma": ABOVE_0,
+        "stall_minutes": FROM_0,
     },
     GrowStage: {
         **dict.fromkeys(("width", "hidden", "heads", "kv_heads", "ffn"), FACTOR),
@@ -149,6 +157,22 @@ def model(model: ModelConfig) -> Iterator[Problem]:
 def training(training: Training) -> Iterator[Problem]:
     if training.steps is not None and training.warmup > training.steps:
         yield "warmup", f"{training.warmup} steps of warm-up are more than the run's {training.steps} steps"
+    if training.decay > max(1, training.steps or 1) or (training.decay > 1 and training.decay % 1):
+        yield "decay", f"{training.decay:g} is no length: a share from 0 to 1, or whole steps of the run's"
+    if training.zero == 0 and training.precision == "bfloat16":
+        yield "zero", "0 keeps no float32 master copy of bfloat16 weights: use zero: 1, or precision: float32"
+    if training.documents == "masked" and training.sp > 1:
+        yield "documents", "masked does not work with sequence parallelism yet: use packed, or sp: 1"
+    try:
+        mesh_of(
+            training.tp * training.sp * training.pp,
+            zero=training.zero,
+            tp=training.tp,
+            sp=training.sp,
+            pp=training.pp,
+        )
+    except InputError as error:
+        yield "zero", str(error)
 
 
 def stage(stage: Stage) -> Iterator[Problem]:

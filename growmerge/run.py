@@ -1,16 +1,15 @@
 """`growmerge run`: find what is not up to date, hand it to the executor, show how far it is."""
 
 import os
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint.files import disk_errors, read_json, write_bytes
 from growmerge.config import load_pipeline
-from growmerge.events import EventLog, Follower
+from growmerge.events import EventLog
 from growmerge.graph import Node, expand
 from growmerge.schema import Pipeline
 from growmerge.shapes import model_configs
@@ -20,10 +19,6 @@ from parallel.errors import InputError
 PUBLISHED = ("report.html", "report.md", "results.json")
 HERE = ("text",)
 """Verbs that run in this process before anything is submitted: they need the network, which compute nodes may lack."""
-ALMOST_FULL = 2**18
-"""Free bytes below which a death without a message is put down to the disk: a rank could not even say why."""
-PATIENCE = 5.0
-"""Seconds between two looks for dead ranks; one that is dead at both ends the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
         _wait_for_orphans(plan.workdir / JOB_LEASE, holder)
         # Another run may have done some of it between the look above and the lease.
         todo = [name for name, task in plan.tasks.items() if not task.done]
-        with Show(plan, todo, EventLog(plan.workdir / "log.jsonl")) as show:
+        with Show(_weights(plan, todo), EventLog(plan.workdir / "log.jsonl")) as show:
             for name in [name for name in todo if plan.tasks[name].verb in HERE]:
                 _do_here(plan, name, show, began)
             failed = _submit(plan, [name for name in todo if plan.tasks[name].verb not in HERE], kind, show, began)
@@ -88,6 +83,14 @@ def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
                 show.say(failed)
                 return 1
     return _finished(plan, todo)
+
+
+def _weights(plan: Plan, todo: list[str]) -> dict[str, float]:
+    """Return the estimated seconds of each task to do."""
+    from growmerge.plan import plan as estimate
+
+    seconds = {stage.name: stage.seconds for stage in estimate(plan.pipeline, plan.nodes, base=plan.base)}
+    return {name: seconds.get(name, 0.0) for name in todo}
 
 
 def _wait_for_orphans(path: Path, holder: Any) -> None:
@@ -131,8 +134,9 @@ def _submit(plan: Plan, todo: list[str], kind: Any, show: Any, began: float) -> 
 
 
 def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) -> str | None:
+    from growmerge.jobs import run_job
     from growmerge.worker import Order, work
-    from slurm.executor import Job, dead_ranks, stop, submit
+    from slurm.executor import Job
     from slurm.lease import this_process
 
     resources = plan.pipeline.resources
@@ -166,55 +170,7 @@ def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) ->
         gpus=resources.gpus,
         slurm=resources.slurm,
     )
-    handle = submit(job, kind, folder)
-    follower = Follower(order.events)
-    dead: list[int] = []
-    dead_since = 0.0
-    try:
-        while not handle.done():
-            for event in follower.new():
-                show.event(event)
-            show.tick()
-            now = time.monotonic()
-            if kind == "local" and now - dead_since > PATIENCE:
-                before, dead, dead_since = dead, dead_ranks(handle), now
-                if dead and dead == before:
-                    stop(handle, kind)
-            time.sleep(0.2)
-    except BaseException:
-        stop(handle, kind)
-        raise
-    for event in follower.new():
-        show.event(event)
-    if show.error is not None:
-        return str(show.error)
-    line = _failure(handle, dead)
-    if line is not None and shutil.disk_usage(plan.workdir).free < ALMOST_FULL:
-        return f"{show.stage}: {plan.workdir}: no space left; nothing that was complete is lost"
-    return f"{show.stage}: {line}" if line else None
-
-
-def _failure(handle: Any, dead: Sequence[int]) -> str | None:
-    """Return the line of a rank that failed or died, if one did."""
-    failed = [rank for rank in range(handle.num_tasks) if handle.task(rank).exception() is not None]
-    for rank in sorted({*range(handle.num_tasks)} - {*failed}):
-        if (line := handle.task(rank).result()) is not None:
-            return str(line)  # a bad input that this rank alone met
-    if not failed:
-        return None
-    # A rank that was killed leaves no traceback; the others then fail in a collective. Name the first cause.
-    tasks = {rank: handle.task(rank) for rank in failed}
-    logs = {rank: _text(task.paths.stderr) for rank, task in tasks.items()}
-    silent = [rank for rank in [*dead, *failed] if rank in failed and "Traceback" not in logs[rank]]
-    if silent:
-        last = "it died without a message (killed, or out of memory)"
-        return f"rank {silent[0]} failed: {last}; log: {tasks[silent[0]].paths.stderr}"
-    rank = min(failed, key=lambda rank: tasks[rank].paths.result_pickle.stat().st_mtime_ns)
-    return f"rank {rank} failed: {logs[rank].strip().splitlines()[-1][:300]}; log: {tasks[rank].paths.stderr}"
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
+    return run_job(job, kind, folder, order.events, show, plan.workdir)
 
 
 def _finished(plan: Plan, done: list[str]) -> int:

@@ -13,6 +13,9 @@ GrowthMethod = Literal["exact-split", "symmetric", "diagonal"]
 GrownOptimizer = Literal["reset", "scaled", "asymmetric"]
 MergeMethod = Literal["linear", "ties"]
 Precision = Literal["float32", "bfloat16"]
+Documents = Literal["packed", "masked"]
+ScheduleKind = Literal["wsd", "cosine", "constant"]
+TrackerKind = Literal["jsonl", "wandb"]
 Reader = Literal["jsonl", "parquet", "txt", "json-strings", "pythonbible"]
 
 
@@ -114,26 +117,65 @@ class Training:
     """Samples a rank and a pass; by default what one pass a step needs."""
     lr: float = 3e-4
     """Peak learning rate."""
+    schedule: ScheduleKind = "wsd"
+    """wsd: stable at the peak, then decay; cosine: half a cosine after the warm-up; constant: no decay."""
     warmup: int = 0
     """Steps of linear warm-up."""
     decay: float = 0.2
-    """Share of the steps, at the end, in which the rate falls to 0 (WSD)."""
+    """wsd: share of the steps, at the end, in which the rate falls; above 1 whole steps."""
     decay_shape: DecayShape = "linear"
+    floor: float = 0.0
+    """Factor of the peak rate that wsd and cosine fall towards."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Decoupled decay of matrices and embeddings; norms are not decayed."""
+    """Decoupled decay of matrices; norms and biases are not decayed."""
+    decay_embeddings: bool = True
+    """Whether embeddings are decayed as matrices are."""
     clip: float = 1.0
     """Gradient norm at which gradients are clipped."""
     dynamics: Dynamics = "free"
     """Which factors of growth a grown model's parameter groups get: all, so that after symmetric growth it trains as
     the small one did (preserve); those of learning rate, weight decay and eps, clipping as usual (mup); none (free)."""
     precision: Precision = "bfloat16"
-    """Compute and stored weight dtype; the optimizer's master copy is always float32."""
+    """Compute and stored weight dtype; master copy and gradient sums are always float32."""
+    documents: Documents = "packed"
+    """packed: a sample's tokens see all before them; masked: those of their own document alone, position ids restart,
+    and a document's first token is not a target."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept; with two, a damaged one costs the steps since the one before it."""
+    keep_every: int | None = None
+    """Checkpoints kept for good: those whose step is a multiple of this (to branch off from)."""
     evaluate_every: int = 0
     """Steps between held-out evaluations (0: at the start and the end alone)."""
+    alarms: Mapping[str, float | str] = field(default_factory=dict)
+    """By language, how far held-out bits per byte may rise above the run's start: `+0.05`, `+5%`; then what happens:
+    `+0.05 stop`, `+0.05 branch` (decay from the last checkpoint before it); a warning otherwise."""
+    zero: int = 3
+    """What DeepSpeed cuts over the ranks: nothing (0, float32 alone), the optimizer's state (1), gradients too (2),
+    weights too (3)."""
+    tp: int = 1
+    """Tensor-parallel ranks (AutoTP), which share each matrix."""
+    sp: int = 1
+    """Sequence-parallel ranks (Ulysses), which share each sequence."""
+    pp: int = 1
+    """Pipeline stages; with zero: 1."""
+    offload: bool = False
+    """Keep the optimizer's state in the CPU's memory, and step there."""
+    recompute: bool = False
+    """Gradient checkpointing: keep each layer's input alone and compute the rest again in the backward pass."""
+    compile: bool = False
+    """torch.compile."""
+    skip_sigma: float = 6.0
+    """A step whose loss or gradient norm is so many standard deviations above the mean of the last 128 is skipped."""
+    stop_after: int = 8
+    """Skipped steps in a row after which the run stops, naming the data that it saw."""
+    stall_minutes: float = 30.0
+    """Without progress for so long, a rank prints the stacks of its threads and ends; 0: never."""
+    tracker: TrackerKind = "jsonl"
+    """Where the log goes beside JSON lines: wandb."""
 
 
 @dataclass(frozen=True, kw_only=True)

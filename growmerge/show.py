@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -21,11 +21,9 @@ SMALL = 2.0
 class Show:
     """Shows events; `error` holds the line of the first bad input, `stage` the stage at work."""
 
-    def __init__(self, plan: Any, todo: Sequence[str], log: EventLog) -> None:
-        from growmerge.plan import plan as estimate
-
-        seconds = {stage.name: stage.seconds for stage in estimate(plan.pipeline, plan.nodes, base=plan.base)}
-        self._weights = {name: max(SMALL, seconds.get(name, 0.0)) for name in todo}
+    def __init__(self, seconds: Mapping[str, float], log: EventLog) -> None:
+        """Begin to show what is to be done: estimated seconds of each stage."""
+        self._weights = {name: max(SMALL, estimate) for name, estimate in seconds.items()}
         self._log = log
         self._done = 0.0
         self.stage = ""
@@ -51,7 +49,8 @@ class Show:
         if self._bar:
             self._bar.start()
         self._log.write({"event": "run", "stages": len(self._weights)})
-        self.say(f"{len(self._weights)} stages to do")
+        if len(self._weights) > 1:
+            self.say(f"{len(self._weights)} stages to do")
         return self
 
     def __exit__(

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from checkpoint import manifest
@@ -16,7 +15,6 @@ from checkpoint.provenance import descend
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import Source
 from checkpoint.writer import write_checkpoint
-from checkpoint.zero3 import open_zero3
 from eval.evaluate import evaluate_model
 from eval.model import load_model
 from growmerge import __version__
@@ -26,14 +24,17 @@ from growmerge.context import Context
 from growmerge.schema import GrowStage
 from growmerge.shapes import recipe_of
 from growmerge.starts import keeps_optimizer, starting_source
-from growmerge.tasks import Task
+from growmerge.tasks import WITHOUT_RESULT, Task
 from growmerge.texts import described, heldout_documents, tokenizer_of
 from merge.merge import merge
 from parallel.errors import InputError
+from parallel.ranks import Ranks
+from train.batch import Sample
 from train.data.order import Mixture
 from train.data.tokenizer import TextTokenizer
 from train.data.tokens import open_tokens
-from train.loop import RunPlan, train
+from train.loop import train
+from train.plan import RunPlan
 from upscale.grow import grow
 from upscale.verify import compare
 
@@ -46,8 +47,8 @@ def do_train(context: Context, task: Task) -> None:
     config = task.config
     tokenizer = tokenizer_of(context)
     how: dict[str, Any] = dict(config["training"])
-    every = merged_training(context.pipeline, context.train_stage(task.name)).checkpoint_every
-    plan = RunPlan(**{**how, "betas": tuple(how["betas"]), "checkpoint_every": every})
+    chosen = merged_training(context.pipeline, context.train_stage(task.name))
+    plan = RunPlan(**{**how, "betas": tuple(how["betas"]), **{key: getattr(chosen, key) for key in WITHOUT_RESULT}})
     mixture, files = config["mixture"], {}
     for name in mixture:
         files[name] = open_tokens(context.folder("tokens") / name)
@@ -58,14 +59,16 @@ def do_train(context: Context, task: Task) -> None:
         seed=config["seed"],
     )
 
-    def sample(number: int) -> np.ndarray:
+    corpora = {name: index for index, name in enumerate(mixture)}
+
+    def sample(number: int) -> Sample:
         name, index, _ = order.sample(number)
-        return files[name].sequence(index, plan.sequence_length)
+        return Sample(ids=files[name].sequence(index, plan.sequence_length), corpus=corpora[name])
 
     heldout = heldout_documents(context)
     heldout = {language: heldout[language] for language in config["evaluation"]["languages"]}
 
-    def evaluate(model: Any) -> Mapping[str, Any]:
+    def evaluate(model: Any, readers: Ranks) -> Mapping[str, Any]:
         return evaluate_model(
             model,
             tokenizer,
@@ -73,9 +76,9 @@ def do_train(context: Context, task: Task) -> None:
             {},
             window=config["evaluation"]["window"],
             stride=config["evaluation"]["stride"],
-            rank=context.ranks.rank,
-            world=context.ranks.world_size,
-            gather=context.ranks.gather,
+            rank=readers.rank,
+            world=readers.world_size,
+            gather=readers.gather,
             even=True,
         )
 
@@ -91,7 +94,7 @@ def do_train(context: Context, task: Task) -> None:
         return source
 
     hf_config = dict(start().config)
-    last = train(
+    result = train(
         start,
         plan,
         sample,
@@ -101,9 +104,15 @@ def do_train(context: Context, task: Task) -> None:
         files={"config.json": (json.dumps(hf_config, indent=2) + "\n").encode()},
         evaluate=evaluate,
         report=lambda event: context.report({**event, "stage": task.name}),
+        corpora=tuple(mixture),
         keep_optimizer=keeps_optimizer(context, config["from_"]),
+        about={"name": task.name, "training": how, "mixture": mixture},
     )
-    context.once(lambda: _export(context, task, open_zero3(last)))
+    if result.stopped is not None:
+        context.report({"event": "warning", "stage": task.name, "text": f"ended early: {result.stopped}"})
+    elif not result.finished:
+        raise InputError(f"{task.name}: asked to stop; saved, and the same command goes on from here")
+    context.once(lambda: _export(context, task, open_checkpoint(result.checkpoint)))
 
 
 def scratch_config(model: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from train.data.places import opened
 
 VERSIONS = {
     "text": 1,
-    "tokens": 2,
+    "tokens": 3,
     "pairs": 1,
     "train": 1,
     "grow": 2,
@@ -36,9 +36,25 @@ ADDED: Mapping[str, Any] = {
     **dict.fromkeys(("hidden", "heads", "kv_heads", "ffn", "noise_db")),
     "optimizer": "reset",
     "dynamics": "free",
+    "schedule": "wsd",
+    "floor": 0.0,
+    "decay_embeddings": True,
+    "documents": "packed",
+    "alarms": {},
+    "zero": 3,
+    "tp": 1,
+    "sp": 1,
+    "pp": 1,
+    **dict.fromkeys(("offload", "recompute", "compile"), False),
+    "skip_sigma": 6.0,
+    "stop_after": 8,
 }
 """Keys of stages that the first versions did not have, with the values that stand for what those did: with these they
 are left out of a task's configuration, so that older results are still up to date."""
+
+
+WITHOUT_RESULT = ("checkpoint_every", "keep", "keep_every", "stall_minutes", "tracker")
+"""Keys of a training that no result depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +152,7 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
         config["training"] = _without_added(merged_training(pipeline, node.stage))
         config["mixture"] = dict(pipeline.mixtures[node.stage.data])
         config["precision"] = config["training"]["precision"]
-        del config["training"]["checkpoint_every"]  # no result depends on it
+        config["training"] = {key: value for key, value in config["training"].items() if key not in WITHOUT_RESULT}
         config["evaluation"] = {key: _evaluation(pipeline)[key] for key in ("window", "stride")}
         config["evaluation"]["languages"] = _trained_languages(pipeline, config["mixture"])
         if node.stage.from_ == "scratch" and pipeline.model is not None:

@@ -44,11 +44,8 @@ class Order:
 def work(order: Order) -> str | None:
     """Do an order's tasks as one rank; return the line of a bad input, or None."""
     if order.launcher is not None:
-        _end_with(order.launcher)
-    # Before torch is imported: kernels that pick their thread count at load must agree with it.
-    os.environ["OMP_NUM_THREADS"] = str(order.threads)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        end_with(order.launcher)
+    prepare_environment(order.threads)
     import torch
 
     from parallel.ranks import connect
@@ -78,6 +75,13 @@ def work(order: Order) -> str | None:
     return None
 
 
+def prepare_environment(threads: int) -> None:
+    """Set what has to be set before torch is imported: kernels that pick their thread count at load must agree."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 def _do(context: Context, name: str) -> str | None:
     """Do one task and say so; return the line of a bad input, or None."""
     from growmerge.verbs import do
@@ -101,7 +105,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _end_with(launcher: tuple[int, int]) -> None:
+def end_with(launcher: tuple[int, int]) -> None:
     """End this process when the launcher or the parent is gone: a job of this machine is never an orphan."""
     from slurm.lease import alive
 

@@ -1,6 +1,7 @@
 """A group of ranks: the few collectives that the rooms need, passed as an argument and never a global."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +48,30 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readers(Ranks):
+    """Ranks among which text is shared where several have to score the same at once: a place for each group of them."""
+
+    group: Ranks
+    """All ranks."""
+    places: tuple[int, ...]
+    """The first rank of each place."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of each place, in order, on every rank."""
+        values = self.group.gather(value)
+        return [values[rank] for rank in self.places]
+
+
+def readers(ranks: Ranks, place_of: Callable[[int], int]) -> Readers:
+    """Return how a mesh shares text: ranks of the same place score the same."""
+    first: dict[int, int] = {}
+    for rank in range(ranks.world_size):
+        first.setdefault(place_of(rank), rank)
+    places = tuple(first[place] for place in sorted(first))
+    return Readers(rank=place_of(ranks.rank), world_size=len(places), group=ranks, places=places)
 
 
 def device() -> torch.device:

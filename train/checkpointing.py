@@ -5,9 +5,11 @@ engine.py). This one is set on the running engine and gets create, save, save, c
 """
 
 import contextlib
+import functools
 import os
-import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,86 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from checkpoint import manifest
-from checkpoint.files import disk_errors, write_bytes
-from checkpoint.shard import Topology, read_shard
+from checkpoint.files import write_bytes
+from checkpoint.shard import STATE_SLOTS, Topology, numel, part_size, read_shard
 from checkpoint.source import Source
 from parallel.errors import InputError
-from parallel.faults import point
+from parallel.mesh import Mesh
 from parallel.ranks import Ranks
+from train.parts import POINTER, delete
+from train.saver import PATIENCE_S, Outcome, Saver
 
-POINTER = "latest"
+READERS = 8
+"""Threads that read a checkpoint, at least: what a network file system gives grows with the requests."""
+
+
+def shard_bytes(topology: Topology) -> int:
+    """Return the bytes that a rank's shards of ZeRO-3 take: master weights and moments in float32, some beside."""
+    tensors = [shape for sub_group in topology.sub_groups for _, shape in sub_group.tensors]
+    elements = sum(part_size(numel(shape), topology.ranks) for shape in tensors)
+    return 4 * len(STATE_SLOTS) * elements + 2**20
 
 
 class ShardEngine(CheckpointEngine):
     """Writes this rank's shards and, when all ranks have theirs, the manifest and the pointer."""
 
-    def __init__(self, topology: Topology, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        topology: Topology | None,
+        ranks: Ranks,
+        mesh: Mesh | None = None,
+        *,
+        background: bool = False,
+        expected: int | None = None,
+        patience_s: float = PATIENCE_S,
+        keep: int | None = None,
+        every: int | None = None,
+    ) -> None:
+        """Make the engine, and in the background the buffers that it copies into.
+
+        Args:
+            topology: how ZeRO-3 cuts the model over the data-parallel ranks; None with a lower stage.
+            background: a save copies and returns, and `settle` tells how it ended; otherwise it returns when the
+                checkpoint is complete, and raises if it is not.
+            expected: bytes of this rank's shards; None: what the topology gives.
+            patience_s: see `train.saver.PATIENCE_S`.
+            keep: with it a complete checkpoint has the older ones pruned, in the background too.
+            every: see `prune`.
+        """
         super().__init__()
         self.name = "growmerge"
         self.files: dict[str, bytes] = {}
+        """Small files of a checkpoint, of rank 0."""
+        self.own_files: dict[str, bytes] = {}
+        """Small files of a checkpoint that this rank alone has; no other may have one of the same name."""
         self._topology = topology
         self._ranks = ranks
+        self._mesh = mesh or Mesh()
         self._source: Source | None = None
         self._engine: Any = None
-        self._error: InputError | None = None
+        self._weights_cut = False
+        if expected is None:
+            expected = 0 if topology is None else shard_bytes(topology)
+        self.saver = Saver(
+            ranks,
+            background=background,
+            expected=expected,
+            patience_s=patience_s,
+            published=lambda folder: None if keep is None else prune(folder.parent, keep, every),
+        )
+
+    def attach(self, engine: Any) -> None:
+        """Set this on DeepSpeed's engine, which then saves and loads through it."""
+        engine.checkpoint_engine = self
+        engine._copy_recovery_script = lambda *_: None
+        self._weights_cut = engine.zero_optimization_partition_weights()
+        if self._weights_cut:
+            # Before a save and a load DeepSpeed cuts the parameters that every rank holds whole, and gathers them anew
+            # after it. A load needs that; a save needs none of it, and it took twice as long as copying.
+            optimizer = engine.optimizer
+            before, after = optimizer.checkpoint_event_prologue, optimizer.checkpoint_event_epilogue
+            optimizer.checkpoint_event_prologue = lambda: before() if self._source is not None else None
+            optimizer.checkpoint_event_epilogue = lambda: after() if self._source is not None else None
 
     @contextlib.contextmanager
     def serving(self, source: Source, engine: Any) -> Iterator[None]:
@@ -47,52 +107,38 @@ class ShardEngine(CheckpointEngine):
         finally:
             self._source = self._engine = None
 
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Do nothing: `create` makes the one folder, and an error of one rank alone would leave the others waiting."""
+
+    def preserves_storage_sharing(self) -> bool:
+        """Return whether DeepSpeed has to clone what is a view of something larger; a copy is none."""
+        return not self.saver.background
+
     def create(self, info: Any) -> None:
-        self._error = None
-        if self._ranks.first:
-            # What an interrupted save left behind: without a manifest it is no checkpoint.
-            shutil.rmtree(Path(info.save_dir) / info.tag, ignore_errors=True)
-        self._ranks.barrier()
+        self.saver.begin(Path(info.save_dir) / info.tag)
 
     def save(self, state_dict: Any, path: str) -> None:
-        target = Path(path)
-        try:
-            with disk_errors(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("wb") as file:
-                    torch.save(state_dict, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-        except InputError as error:
-            self._error = error  # every rank has to get to commit, where all learn of it
-        kind = "optim" if "optim_states" in target.name else "model"
-        point(f"save/{kind}/{self._ranks.rank}")
+        if self._weights_cut and state_dict.get("module") is not None:
+            # The weights are those of the master copies; a rank that holds some whole is not to write them.
+            buffers = set(state_dict["buffer_names"])
+            module = type(state_dict["module"])(
+                (name, tensor if name in buffers else tensor.new_empty(0))
+                for name, tensor in state_dict["module"].items()
+            )
+            state_dict = {**state_dict, "module": module}
+        self.saver.add(state_dict, Path(path))
 
     def commit(self, info: Any) -> bool:
-        errors = [error for error in self._ranks.gather(str(self._error) if self._error else None) if error]
-        folder = Path(info.save_dir) / info.tag
-        if not errors:
-            errors = [error for error in [self._ranks.broadcast(self._publish(folder))] if error]
-        if errors:
-            if self._ranks.first:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise InputError(errors[0])
+        self.saver.commit(self.files, self.own_files)
         return True
 
-    def _publish(self, folder: Path) -> str | None:
-        """Write what is written once, manifest and pointer last; return what went wrong, if something did."""
-        if not self._ranks.first:
-            return None
-        try:
-            for name, data in self.files.items():
-                write_bytes(folder / name, data)
-            point("save/manifest")
-            manifest.write_manifest(folder)
-            point("save/pointer")
-            write_bytes(folder.parent / POINTER, folder.name.encode())
-        except InputError as error:
-            return str(error)
-        return None
+    def settle(self) -> list[Outcome]:
+        """Return how the saves since the last call ended; all ranks together, see `Saver.settle`."""
+        return self.saver.settle()
+
+    def finished(self) -> Outcome | None:
+        """Return what this rank alone knows of the last save, see `Saver.finished`."""
+        return self.saver.finished()
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Return what DeepSpeed would have found in the file, made from the source for this rank."""
@@ -103,11 +149,11 @@ class ShardEngine(CheckpointEngine):
 
     def _model_states(self) -> dict[str, Any]:
         source, engine = self._source, self._engine
-        assert source is not None
+        assert source is not None and self._topology is not None
         return {
             "module": {name: torch.empty(0) for name in engine.module.state_dict()},
             "dp_world_size": self._topology.ranks,
-            "mp_world_size": 1,
+            "mp_world_size": self._mesh.tp,
             "global_steps": source.run.step,
             "global_samples": source.run.samples,
             "skipped_steps": 0,
@@ -120,8 +166,9 @@ class ShardEngine(CheckpointEngine):
 
     def _optim_states(self) -> dict[str, Any]:
         source, optimizer = self._source, self._engine.optimizer
-        assert source is not None
-        shards = read_shard(source, self._topology, self._ranks.rank)
+        assert source is not None and self._topology is not None
+        # Ranks that share a sequence share the parameters' parts, too: only tensor parallelism repeats them.
+        shards = read_shard(source, self._topology, self._ranks.rank // self._mesh.tp)
         state = {}
         groups = {
             group["name"]: {**{key: value for key, value in group.items() if key != "params"}, "params": []}
@@ -158,35 +205,70 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     if folder.is_dir():
         for path in sorted((path for path in folder.iterdir() if manifest.is_complete(path)), reverse=True):
             try:
-                manifest.check(path, deep=True)
+                _check_blocks(path, manifest.check(path))
                 return path, damaged
             except InputError as error:
                 damaged.append(str(error))
     return None, damaged
 
 
+def _check_blocks(folder: Path, found: Mapping[str, Any]) -> None:
+    """Compare all blocks of all files with a manifest whose sizes are right, by several threads.
+
+    Raises:
+        InputError: a file is damaged, or the manifest is.
+    """
+    buffers = threading.local()
+    with ThreadPoolExecutor(max_workers=max(READERS, os.cpu_count() or 1)) as pool:
+        for name, entry in found["files"].items():
+            said = entry.get("xxh3")
+            blocks = range(-(-entry["size"] // manifest.BLOCK))
+            if not isinstance(said, list) or len(said) != len(blocks):
+                raise InputError(f"{folder / manifest.NAME}: damaged (not every block of {name} has a checksum)")
+            with (folder / name).open("rb") as file:
+                for number, digest in enumerate(pool.map(functools.partial(_block_of, file.fileno(), buffers), blocks)):
+                    if digest != said[number]:
+                        line = f"damaged (checksum of block {number} differs from {manifest.NAME})"
+                        raise InputError(f"{folder / name}: {line}")
+
+
+def _block_of(handle: int, buffers: threading.local, number: int) -> str:
+    if not hasattr(buffers, "own"):
+        buffers.own = bytearray(manifest.BLOCK)
+    count = os.preadv(handle, [buffers.own], number * manifest.BLOCK)
+    return manifest.block_hash(memoryview(buffers.own)[:count])
+
+
 def clear_after(folder: Path, found: Path | None) -> None:
     """Delete what lies above the checkpoint that a run resumes from: damaged ones, and what a kill left unfinished."""
-    for path in _checkpoints(folder):
-        if found is None or path.name > found.name:
-            _delete(path)
     if found is not None:
         write_bytes(folder / POINTER, found.name.encode())
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    kept = [path for path in _checkpoints(folder) if manifest.is_complete(path)][-keep:]
+    else:
+        (folder / POINTER).unlink(missing_ok=True)
     for path in _checkpoints(folder):
-        if path not in kept:
-            _delete(path)
+        if found is None or path.name > found.name:
+            delete(path)
+
+
+def prune(folder: Path, keep: int, every: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints, the pointer's, and those whose step is a multiple of `every`.
+
+    An unfinished one above the newest is being written, and stays; below it, a kill left it.
+    """
+    complete = [path for path in _checkpoints(folder) if manifest.is_complete(path)]
+    pointer = folder / POINTER
+    named = pointer.read_text().strip() if pointer.is_file() else ""
+    kept = {path.name for path in complete if every and _step(path) % every == 0} | {named}
+    kept |= {path.name for path in complete[-keep:]}
+    for path in _checkpoints(folder):
+        if path.name not in kept and complete and path.name < complete[-1].name:
+            delete(path)
+
+
+def _step(path: Path) -> int:
+    digits = path.name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else -1
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-
-def _delete(path: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that it never looks complete half-deleted."""
-    (path / manifest.NAME).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)  # on NFS a file that is still mapped stays for a while

@@ -1,14 +1,14 @@
-"""The DeepSpeed engine: a stock transformers model under ZeRO-3, started, grown and resumed through `read_shard`.
+"""The DeepSpeed engine: a stock transformers model under ZeRO 0 to 3, started, grown and resumed from a Source.
 
-DeepSpeed loads what our checkpoint engine hands it, and that comes from a Source: a saved run, a Hugging Face folder, a
-grown or merged model, or a model from scratch. No rank ever holds a whole model.
+DeepSpeed loads what our checkpoint engine hands it, and that comes from a Source: a saved run of any topology, a
+Hugging Face folder, a grown or merged model, or a model from scratch.
 """
 
 import logging
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,27 +16,25 @@ from typing import Any
 import torch
 
 from checkpoint.shard import SubGroup, Topology
-from checkpoint.source import FACTORS, Group, Source
+from checkpoint.source import Source
+from checkpoint.tensor_parallel import cuts_of, piece_of
+from checkpoint.zero_files import PARAMETER_NAMES
 from parallel.errors import InputError
-from parallel.families import NORMS, family_of
-from parallel.ranks import Ranks, device
+from parallel.mesh import Mesh, check_model
+from parallel.ranks import Ranks, Readers, device, readers
+from train.batch import Batch, count_tokens
+from train.build import build_model, parameter_groups, partition_config
 from train.checkpointing import ShardEngine
+from train.fill import check_names, fill_partitions, fill_plain
+from train.norms import Keep, watch_norms
+from train.saver import Outcome
+from train.sequence import SequenceParallel
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 PERSISTENT = 10**6
 """Tensors of up to so many elements stay whole on every rank; fetching them anew for each layer costs more."""
-
-
-DYNAMICS: dict[str, tuple[str, ...]] = {
-    "preserve": FACTORS,
-    "mup": ("lr_factor", "weight_decay_factor", "eps_factor"),
-    "free": (),
-}
-"""By name: the factors of a grown model's groups that training applies. preserve: all, so that a symmetrically grown
-model trains as the small one did; mup: those of the optimizer (muP's width rules, arXiv 2203.03466), clipping as usual;
-free: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +51,44 @@ class EngineConfig:
     weight_decay: float
     clip: float
     precision: str
-    """float32 or bfloat16 (compute and stored weights; the master copy is float32)."""
+    """float32 or bfloat16 (compute and stored weights; master copy and gradient sums are float32)."""
     dynamics: str = "free"
     """Which of the factors that growth gave the source's groups are applied, a key of DYNAMICS."""
+    decay_embeddings: bool = True
+    zero: int = 3
+    """ZeRO stage: what is cut over the ranks (1: the optimizer's state, 2: gradients too, 3: weights too)."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """dp is set from the number of ranks."""
+    sequence_length: int | None = None
+    """Tokens in a sample; only needed with sequence parallelism."""
+    offload: bool = False
+    """Keep the optimizer's state, and its step, in the CPU's memory."""
+    recompute: bool = False
+    """Gradient checkpointing: keep each layer's input alone, and compute the rest again in the backward pass."""
+    compile: bool = False
+    """torch.compile."""
 
 
-def _import_deepspeed() -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What came of one optimizer step, the same on every rank."""
+
+    losses: torch.Tensor
+    """Sum of token losses (nats) by corpus [corpora], float64, over all ranks."""
+    counts: torch.Tensor
+    """Tokens that counted, by corpus [corpora], float64."""
+    grad_norm: float
+    """Before clipping; infinite where it was not finite."""
+    kept: bool
+    """Whether the optimizer stepped."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss (nats a token)."""
+        return float(self.losses.sum() / self.counts.sum())
+
+
+def import_deepspeed() -> Any:
     """Import DeepSpeed without its compiling anything: on CPU the shared-memory collective takes minutes to build."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -72,80 +102,30 @@ def _import_deepspeed() -> Any:
 
 def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
     """Return DeepSpeed's own configuration."""
-    return {
+    zero: dict[str, Any] = {"stage": config.zero}
+    if config.zero == 3:
+        zero["stage3_param_persistence_threshold"] = PERSISTENT
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    bf16: dict[str, Any] = {"enabled": config.precision == "bfloat16"}
+    found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.clip,
-        "bf16": {"enabled": config.precision == "bfloat16"},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT},
+        "bf16": bf16,
+        "zero_optimization": zero,
         # torch's AdamW: DeepSpeed's own would be compiled first.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-
-
-def parameter_groups(
-    model: torch.nn.Module, source: Source, *, weight_decay: float, eps: float, dynamics: str = "free"
-) -> list[dict[str, Any]]:
-    """Return AdamW's groups by name: matrices and embeddings are decayed, norms and biases are not.
-
-    Each is divided further by the factors of the source's groups that `dynamics` applies; they stay in the group, so
-    that a checkpoint keeps them.
-    """
-    table = family_of(source.config).tensors(source.config)
-    groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        vector = table[name].kind in (*NORMS, "bias")
-        grown = source.groups.get(source.infos[name].group, Group())
-        factors = {key: getattr(grown, key) if key in DYNAMICS[dynamics] else 1.0 for key in FACTORS}
-        mark = source.infos[name].group.partition("/")[2]
-        kind = "no_decay" if vector else "decay"
-        group = f"{kind}/{mark}" if any(factor != 1.0 for factor in factors.values()) else kind
-        decay = 0.0 if vector else weight_decay * factors["weight_decay_factor"]
-        values: dict[str, Any] = {
-            "name": group,
-            "params": [],
-            "weight_decay": decay,
-            "eps": eps * factors["eps_factor"],
-            **factors,
-        }
-        groups.setdefault(group, values)["params"].append(parameter)
-    return sorted(groups.values(), key=lambda group: group["name"])
-
-
-def build_model(config: Mapping[str, Any], ds_config: Mapping[str, Any]) -> torch.nn.Module:
-    """Build the stock transformers model, every parameter cut over the ranks as it is made; weights are not set."""
-    deepspeed = _import_deepspeed()
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    hf_config = AutoConfig.for_model(**config)
-    hf_config.use_cache = False
-    with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)), no_init_weights():
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-    model.tie_weights()
-    # zero.Init makes every float tensor in the run's dtype; rotary frequencies lose too much in bfloat16.
-    for module in model.modules():
-        for name, child in module.named_children():
-            if "rotary" in name:
-                setattr(module, name, type(child)(config=hf_config))
-    return model
-
-
-def _weigh_norms(optimizer: Any) -> None:
-    """Weigh each group's gradient norm in clipping by its `norm_weight`, as growth asks for."""
-    weights = [group["norm_weight"] for group in optimizer.param_groups]
-    mapping = optimizer.sub_group_to_group_id
-    factors = [math.sqrt(weights[mapping[index]]) for index in range(len(mapping))]
-    plain = optimizer._get_norm_groups
-
-    def weighed() -> list[torch.Tensor]:
-        # A norm of -1 stands for one that is not finite.
-        return [torch.where(norm < 0, norm, norm * factor) for norm, factor in zip(plain(), factors, strict=True)]
-
-    if any(factor != 1.0 for factor in factors):
-        optimizer._get_norm_groups = weighed
+    if bf16["enabled"]:
+        found["data_types"] = {"grad_accum_dtype": "fp32"}
+        if config.zero in (1, 2):
+            bf16["check_grad_overflow"] = True  # or a norm that is not finite would be stepped with
+    if config.mesh.sp > 1:
+        found["sequence_parallel_size"] = config.mesh.sp
+    return found
 
 
 def _gather_at_once(persistent: list[Any]) -> None:
@@ -160,109 +140,173 @@ def _gather_at_once(persistent: list[Any]) -> None:
         persistent[0].all_gather = gather
 
 
-class Engine:
-    """A running ZeRO-3 engine."""
+def apply_settings(optimizer: Any, config: EngineConfig) -> None:
+    """Set what DeepSpeed's load may have overwritten: this run's settings of every group."""
+    for group in optimizer.param_groups:
+        decayed = group["name"].partition("/")[0] == "decay"
+        group["betas"], group["eps"] = config.betas, config.eps * group["eps_factor"]
+        group["weight_decay"] = config.weight_decay * group["weight_decay_factor"] if decayed else 0.0
 
-    def __init__(self, source: Source, config: EngineConfig, ranks: Ranks) -> None:
+
+def forget_groups() -> None:
+    """Let DeepSpeed forget an engine's mesh, which it keeps in globals: the next engine may have another."""
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+
+
+class Engine:
+    """A running engine: ZeRO, alone or with tensor or sequence parallelism."""
+
+    def __init__(self, source: Source, config: EngineConfig, ranks: Ranks, **saving: Any) -> None:
         """Build the model of the source's config and fill each rank's share from the source.
 
+        Args:
+            saving: how checkpoints are saved, see `train.checkpointing.ShardEngine`.
+
         Raises:
-            InputError: the source's tensors are not those of the model.
+            InputError: the source's tensors are not those of the model, or the model cannot be cut so.
         """
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
+        self.config = config
+        self.ranks = ranks
+        mesh = config.mesh
+        self.mesh = Mesh(dp=ranks.world_size // (mesh.tp * mesh.sp), tp=mesh.tp, sp=mesh.sp)
+        check_model(self.mesh, source.config, config.sequence_length or self.mesh.sp)
+        if config.zero == 0 and config.precision == "bfloat16":
+            raise InputError("zero: 0 keeps no float32 master copy of bfloat16 weights: use zero: 1, or float32")
         ds_config = deepspeed_config(config)
+        if mesh.tp > 1:
+            rules = partition_config(source.family, source.config)
+            ds_config["tensor_parallel"] = {"autotp_size": mesh.tp, "partition_config": rules}
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
         )
-        model = build_model(source.config, ds_config)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, source, weight_decay=config.weight_decay, eps=config.eps, dynamics=config.dynamics),
-            lr=config.lr,
-            betas=config.betas,
+        model: Any = build_model(source.config, ds_config, self.mesh)
+        if config.recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._sequence = SequenceParallel(model, self.mesh, config) if mesh.sp > 1 else None
+        groups = parameter_groups(
+            dict(model.named_parameters()),
+            source,
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+            dynamics=config.dynamics,
+            decay_embeddings=config.decay_embeddings,
         )
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        mpu = self._sequence.mpu if self._sequence else None
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
         self._engine = engine
-        self.config = config
-        self.ranks = ranks
-        self.topology = self._live_topology()
-        self._shards = ShardEngine(self.topology, ranks)
+        self.topology = self._live_topology() if config.zero == 3 else None
+        self._shards = ShardEngine(self.topology, ranks, self.mesh, **saving)
         engine.checkpoint_engine = self._shards
         engine._copy_recovery_script = lambda *_: None
-        _gather_at_once(engine.optimizer.persistent_parameters)
-        _weigh_norms(engine.optimizer)
+        if config.zero == 3:
+            _gather_at_once(engine.optimizer.persistent_parameters)
+        self._norms = watch_norms(engine, config.zero)
         self._load(source)
+        if config.compile:
+            engine.compile()
 
     @property
     def model(self) -> torch.nn.Module:
+        """The running model; between `eval()` and `train()` each rank may compute on text of its own."""
         return self._engine.module
 
     @property
-    def grad_norm(self) -> float:
-        """Norm of the last step's gradient before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+    def readers(self) -> Readers:
+        """How evaluation shares text: tensor-parallel ranks score the same, those of a sequence do not."""
+        return readers(self.ranks, lambda rank: rank // self.mesh.tp)
 
     def _live_topology(self) -> Topology:
         optimizer = self._engine.optimizer
-        groups = [optimizer.param_groups[index]["name"] for index in self._group_of_sub_groups()]
+        mapping = optimizer.sub_group_to_group_id
+        groups = [optimizer.param_groups[mapping[index]]["name"] for index in range(len(mapping))]
         shapes = self._engine._get_zero_param_shapes()
         return Topology(
-            ranks=self.ranks.world_size,
+            ranks=self.ranks.world_size // self.mesh.tp,
             sub_groups=tuple(
                 SubGroup(group=group, tensors=tuple((name, tuple(shape)) for name, shape in entry.items()))
                 for group, entry in zip(groups, shapes, strict=True)
             ),
         )
 
-    def _group_of_sub_groups(self) -> list[int]:
-        mapping = self._engine.optimizer.sub_group_to_group_id
-        return [mapping[index] for index in range(len(mapping))]
-
     def _load(self, source: Source) -> None:
-        for sub_group in self.topology.sub_groups:
-            for name, shape in sub_group.tensors:
-                info = source.infos.get(name)
-                if info is None or info.shape != shape:
-                    found = "missing" if info is None else f"of shape {info.shape}"
-                    raise InputError(f"tensor {name} is {found} in the checkpoint; the model needs {shape}")
+        if self.mesh.tp > 1:
+            source = piece_of(source, cuts_of(source, self.mesh.tp), self.mesh.tensor_rank(self.ranks.rank))
+        optimizer = self._engine.optimizer
+        if self.topology is not None:
+            check_names(source, {name: shape for group in self.topology.sub_groups for name, shape in group.tensors})
+            self._serve(source)
+        else:
+            names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
+            check_names(source, {name: tuple(parameter.shape) for parameter, name in names.items()})
+            (fill_partitions if self.config.zero else fill_plain)(optimizer, names, source)
+            self._engine.global_steps, self._engine.global_samples = source.run.step, source.run.samples
+        apply_settings(optimizer, self.config)
+
+    def _serve(self, source: Source) -> None:
         with TemporaryDirectory() as temporary, self._shards.serving(source, self._engine):
             tag = "start"
             folder = Path(temporary) / tag
             folder.mkdir()
             # DeepSpeed looks for its files before it asks for their content.
             for path in (self._engine._get_ckpt_name(temporary, tag), self._engine._get_zero_ckpt_name(temporary, tag)):
-                Path(path).touch()
+                mine = f"mp_rank_{self.mesh.tensor_rank(self.ranks.rank):02d}"
+                for rank in range(self.mesh.tp):
+                    Path(path.replace(mine, f"mp_rank_{rank:02d}")).touch()
             loaded, _ = self._engine.load_checkpoint(temporary, tag=tag)
         assert loaded is not None, "DeepSpeed found no checkpoint where one was served"
-        for group in self._engine.optimizer.param_groups:
-            decayed = group["name"].partition("/")[0] == "decay"
-            group["betas"], group["eps"] = self.config.betas, self.config.eps * group["eps_factor"]
-            group["weight_decay"] = self.config.weight_decay * group["weight_decay_factor"] if decayed else 0.0
 
-    def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]], lr: float, scored: int) -> float:
-        """Take one optimizer step and return this rank's sum of token losses (nats).
+    def step(
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        *,
+        corpora: int = 1,
+        keep: Keep | None = None,
+    ) -> Step:
+        """Take one optimizer step.
 
         Args:
-            batches: one (input_ids [B, T + 1], weights [B]) a pass; a sample of weight 0 fills up a short rank.
+            batches: one a pass; the ranks of one data rank get the same.
             lr: learning rate of the step.
-            scored: tokens that count, over all ranks and passes; the loss is their mean.
+            corpora: how many corpora there are.
+            keep: (mean loss, gradient norm) -> whether to step; the same on every rank. A norm that is not finite is
+                never stepped with.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._engine.train()
-        total = 0.0
+        counts = self.ranks.sum(count_tokens(batches, corpora)) / (self.mesh.tp * self.mesh.sp)
+        scored = round(float(counts.sum()))
+        sums = torch.zeros(corpora, dtype=torch.float64)
         # DeepSpeed averages over ranks and passes; undone here, so that the loss is a mean over tokens at any topology.
-        scale = self.ranks.world_size * self.config.accumulation / scored
-        for batch in batches:
-            ids, weights = (tensor.to(device()) for tensor in batch)
-            logits = self._engine(input_ids=ids[:, :-1]).logits
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-            )
-            loss = (losses.view(len(ids), -1) * weights[:, None]).sum()
-            total += float(loss.detach())
-            self._engine.backward(loss * scale)
+        scale = self.mesh.dp * self.mesh.sp * self.config.accumulation / scored
+        for number, batch in enumerate(batches):
+            losses = self._losses(batch)
+            sums.index_add_(0, batch.corpus, losses.detach().double().sum(1).cpu())
+            self._engine.backward(losses.sum() * scale)
+            if number == len(batches) - 1:
+                sums = self.ranks.sum(sums) / self.mesh.tp  # tensor-parallel ranks have the same losses
+                self._norms.expect(None if keep is None else partial(keep, float(sums.sum()) / scored))
             self._engine.step()
-        return total
+        return Step(losses=sums, counts=counts, grad_norm=self._norms.last, kept=self._norms.kept)
+
+    def _losses(self, batch: Batch) -> torch.Tensor:
+        """Return the weighted token losses [B, T] of this rank's part of a batch."""
+        ids, weights = batch.ids.to(device()), batch.weights.to(device())
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        positions = None if batch.positions is None else batch.positions.to(device())
+        if self._sequence is not None:
+            inputs, targets, weights, positions = self._sequence.part(inputs, targets, weights, positions)
+        given = {} if positions is None else {"position_ids": positions}
+        logits = self._engine(input_ids=inputs, **given).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+        ).view(targets.shape)
+        return losses * weights
 
     def save(self, folder: Path, tag: str, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Save a checkpoint `folder/tag`: shards by every rank, then the manifest, then the pointer.
@@ -272,9 +316,23 @@ class Engine:
             files: small files that belong to the checkpoint, such as config.json.
         """
         self._shards.files = dict(files)
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state={"growmerge": dict(state)}, save_latest=False)
+        ours = dict(state)
+        if self.config.zero == 0:  # torch numbers the parameters in the order of the groups
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            groups = self._engine.optimizer.param_groups
+            ours[PARAMETER_NAMES] = [names[parameter] for group in groups for parameter in group["params"]]
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state={"growmerge": ours}, save_latest=False)
+
+    def settle(self) -> list[Outcome]:
+        """Return how the saves since the last call ended; all ranks together."""
+        return self._shards.settle()
 
     def close(self) -> None:
         """Give the memory back, so that the next run in this process starts clean."""
+        self._shards.saver.close()
         self._engine.destroy()
         del self._engine
+        if self._sequence is not None:
+            self._sequence.close()
+        if self.mesh != Mesh(dp=self.mesh.dp):
+            forget_groups()

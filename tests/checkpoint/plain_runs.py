@@ -8,7 +8,9 @@ from tiny import on_ranks, tiny_config, tiny_model
 
 from checkpoint.open import open_checkpoint
 from checkpoint.source import read_tensor
-from train.engine import Engine, EngineConfig, _import_deepspeed, build_model, deepspeed_config
+from train.batch import plain_batch
+from train.build import build_model
+from train.engine import Engine, EngineConfig, deepspeed_config, import_deepspeed
 
 BATCH, LENGTH, STEPS = 12, 16, 3
 GROUPS = {"decay": 0.1, "no_decay": 0.0, "last": 0.0}
@@ -123,7 +125,7 @@ def steps(engine, ranks, first, last, variant):
 
 def train(ranks, folder, variants):
     """Train each variant, save it, and return what its engine gathers then and the losses of two more steps."""
-    _import_deepspeed().init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    import_deepspeed().init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     found = {}
     for key, variant in variants.items():
         engine = build(ranks, variant)
@@ -146,7 +148,7 @@ def run_variants(folder, world, variants):
 
 def loaded(ranks, folder, tag, variant):
     """Load a ZeRO checkpoint with DeepSpeed's own loader; return its losses of two steps and what it gathers first."""
-    _import_deepspeed().init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    import_deepspeed().init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     engine = build(ranks, variant)
     path, client = engine.load_checkpoint(folder, tag=tag)
     assert path is not None
@@ -164,8 +166,7 @@ def resumed(ranks, folder, bf16=False):
     losses = []
     for step in range(STEPS, STEPS + 2):
         ids = batch_of(step, ranks)
-        total = torch.tensor([engine.step([(ids, torch.ones(len(ids)))], HOW["lr"], BATCH * LENGTH)])
-        losses.append(float(ranks.sum(total.double())) / (BATCH * LENGTH))
+        losses.append(engine.step([plain_batch(ids)], HOW["lr"]).loss)
     engine.close()
     return losses
 

@@ -132,7 +132,7 @@ def test_a_manifest_of_another_format_says_so(tiny_folder, tmp_path):
     write_checkpoint(open_checkpoint(tiny_folder()), tmp_path / "copy", SafetensorsLayout())
     path = tmp_path / "copy" / manifest.NAME
     path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(InputError, match="manifest.json: of format 1, this version of growmerge knows 2"):
+    with pytest.raises(InputError, match=r"manifest.json: of format 1, this version of growmerge knows 2"):
         manifest.check(tmp_path / "copy")
 
 

@@ -18,6 +18,7 @@ from checkpoint.universal_layout import UniversalLayout
 from checkpoint.writer import write_checkpoint
 from checkpoint.zero3_layout import Zero3Layout
 from parallel.errors import InputError
+from train.batch import plain_batch
 from train.engine import Engine, EngineConfig
 
 BATCH, LENGTH = 12, 16
@@ -51,8 +52,7 @@ def run(ranks, start, first, last, precision, save=None):
     losses = []
     for step in range(first, last):
         ids = batch_of(step, ranks.rank, ranks.world_size)
-        total = torch.tensor([engine.step([(ids, torch.ones(len(ids)))], 1e-2, BATCH * LENGTH)], dtype=torch.float64)
-        losses.append(float(ranks.sum(total)) / (BATCH * LENGTH))
+        losses.append(engine.step([plain_batch(ids)], 1e-2).loss)
         if save and step + 1 == save[1]:
             files = {"config.json": json.dumps(dict(source.config)).encode()}
             engine.save(Path(save[0]), f"step-{save[1]}", {"tokens": 7, "samples": 9, "seed": 1}, files)
@@ -63,9 +63,10 @@ def deepspeed_run(ranks, start, first, last, changes, tp=1, precision="float32",
     """The same steps on DeepSpeed alone, no engine of ours, started from a folder by its own loader; return losses."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from train.engine import _import_deepspeed, build_model, deepspeed_config, parameter_groups
+    from train.build import build_model, parameter_groups
+    from train.engine import deepspeed_config, import_deepspeed
 
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     config, dp = tiny_config(), ranks.world_size // tp
     ds_config = {**deepspeed_config(engine_config(BATCH // dp, precision)), **changes}
     if tp == 1 and ds_config["zero_optimization"]["stage"] == 3:
@@ -73,7 +74,9 @@ def deepspeed_run(ranks, start, first, last, changes, tp=1, precision="float32",
     else:
         torch.manual_seed(5)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    groups = parameter_groups(model, ScratchSource(config=config, seed=0), weight_decay=0.1, eps=1e-8)
+    groups = parameter_groups(
+        dict(model.named_parameters()), ScratchSource(config=config, seed=0), weight_decay=0.1, eps=1e-8
+    )
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)

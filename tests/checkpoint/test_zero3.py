@@ -13,6 +13,7 @@ from checkpoint.source import read_tensor
 from checkpoint.writer import write_checkpoint
 from checkpoint.zero3_layout import Zero3Layout
 from parallel.errors import InputError
+from train.batch import plain_batch
 from train.engine import Engine, EngineConfig
 
 BATCH, LENGTH = 12, 16
@@ -41,8 +42,7 @@ def run(ranks, folder, first, last, precision, save_at=None, tied=True):
     engine = Engine(source, how, ranks)
     losses = []
     for step in range(first, last):
-        total = torch.tensor([engine.step([batch_of(step, ranks)], 1e-2, BATCH * LENGTH)], dtype=torch.float64)
-        losses.append(float(ranks.sum(total)) / (BATCH * LENGTH))
+        losses.append(engine.step([plain_batch(batch_of(step, ranks)[0])], 1e-2).loss)
         if step + 1 == save_at:
             files = {"config.json": json.dumps(config).encode()}
             from pathlib import Path
@@ -124,7 +124,8 @@ def plain_deepspeed(ranks, folder, tag, first, last):
     """Load a folder with DeepSpeed's own loader and train on; return losses."""
     import deepspeed
 
-    from train.engine import build_model, deepspeed_config, parameter_groups
+    from train.build import build_model, parameter_groups
+    from train.engine import deepspeed_config
 
     config = tiny_config()
     how = EngineConfig(
@@ -140,7 +141,9 @@ def plain_deepspeed(ranks, folder, tag, first, last):
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     model = build_model(config, deepspeed_config(how))
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, ScratchSource(config=config, seed=0), weight_decay=0.1, eps=1e-8),
+        parameter_groups(
+            dict(model.named_parameters()), ScratchSource(config=config, seed=0), weight_decay=0.1, eps=1e-8
+        ),
         lr=1e-2,
         betas=(0.9, 0.95),
     )

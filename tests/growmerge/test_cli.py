@@ -127,7 +127,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(tmp_path, terminal):
         "plan = load(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
         "import growmerge.show as module\n"
         "module.EVERY = -1\n"
-        "with Show(plan, list(plan.tasks), EventLog(pathlib.Path(sys.argv[2]) / 'log.jsonl')) as show:\n"
+        "with Show(dict.fromkeys(plan.tasks, 1.0), EventLog(pathlib.Path(sys.argv[2]) / 'log.jsonl')) as show:\n"
         "    show.event({'event': 'start', 'stage': 'seed'})\n"
         "    step = {'step': 20, 'steps': 40, 'loss': 3.25, 'tokens_per_second': 1234.0}\n"
         "    show.event({'event': 'step', 'stage': 'seed', **step})\n"

@@ -15,7 +15,7 @@ from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
 from checkpoint.pickles import load_pickle
 from growmerge.schema import Dynamics
-from train.engine import DYNAMICS
+from train.build import DYNAMICS
 from train.loop import last_checkpoint, read_metrics, train
 from upscale.factors import Recipe
 from upscale.grow import grow
@@ -33,7 +33,7 @@ def one_run(ranks, folder, start, *, first=0, plan=CONSTANT, keep_optimizer=Fals
         folder,
         seed=2,
         files={"config.json": json.dumps(dict(start().config)).encode()},
-        evaluate=lambda model: {},
+        evaluate=lambda model, readers: {},
         report=lambda event: None,
         keep_optimizer=keep_optimizer,
     )

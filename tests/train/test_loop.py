@@ -17,9 +17,11 @@ from checkpoint.pickles import load_pickle
 from eval.evaluate import evaluate_model
 from eval.model import load_model
 from parallel.errors import InputError
+from train.batch import Sample
 from train.checkpointing import clear_after, newest
 from train.data.readers import Document
-from train.loop import RunPlan, read_metrics, train
+from train.loop import read_metrics, train
+from train.plan import RunPlan
 from train.schedule import wsd
 
 PLAN = RunPlan(
@@ -57,11 +59,11 @@ DOCUMENTS = [Document(id=str(n), passages=("growing and merging " * (n + 1),)) f
 
 
 def sample(number):
-    return np.random.default_rng(number).integers(2, 131, PLAN.sequence_length + 1)
+    return Sample(ids=np.random.default_rng(number).integers(2, 131, PLAN.sequence_length + 1))
 
 
 def go(ranks, folder, plan=PLAN):
-    def evaluate(model):
+    def evaluate(model, readers):
         return evaluate_model(
             model,
             Letters(),
@@ -70,14 +72,14 @@ def go(ranks, folder, plan=PLAN):
             window=16,
             stride=8,
             batch_tokens=64,
-            rank=ranks.rank,
-            world=ranks.world_size,
-            gather=ranks.gather,
+            rank=readers.rank,
+            world=readers.world_size,
+            gather=readers.gather,
             even=True,
         )
 
     config = tiny_config()
-    last = train(
+    result = train(
         lambda: ScratchSource(config=config, seed=2),
         plan,
         sample,
@@ -87,9 +89,9 @@ def go(ranks, folder, plan=PLAN):
         files={"config.json": json.dumps(config).encode()},
         evaluate=evaluate,
         report=lambda event: None,
-        keep=2,
     )
-    return str(last)
+    assert result.finished
+    return str(result.checkpoint)
 
 
 def test_a_run_resumes_exactly_and_evaluates_as_the_saved_model(tmp_path):
@@ -148,7 +150,7 @@ def test_checkpoints_above_the_one_that_a_run_resumes_from_are_gone(tmp_path):
     assert not [path for path in checkpoints.iterdir() if path.is_dir()]
     on_ranks(tmp_path, 1, go, str(run), replace(PLAN, steps=3, checkpoint_every=1))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000002", "step-00000003"]
-    (checkpoints / "step-00000003" / "manifest.json").write_text('{"files": {"config.json": {}}}')
+    (checkpoints / "step-00000003" / "manifest.json").write_text('{"format": 2, "files": {"config.json": {}}}')
     found, damaged = newest(checkpoints)
     assert found == checkpoints / "step-00000002"
     assert "manifest.json: damaged (KeyError('size'))" in damaged[0]
@@ -158,9 +160,14 @@ def test_checkpoints_above_the_one_that_a_run_resumes_from_are_gone(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    (error,) = on_ranks(tmp_path, 1, go, str(tmp_path / "run"), replace(PLAN, lr=float("inf"), warmup=0))
+    plan = replace(PLAN, lr=float("inf"), warmup=0, steps=20, decay=0.0, evaluate_every=0)
+    (error,) = on_ranks(tmp_path, 1, go, str(tmp_path / "run"), plan)
     assert isinstance(error, InputError)
-    assert "the loss is not finite at step 2 (samples 5 to 9)" in str(error)
+    assert "bad steps in a row: 8 (steps 2 to 9, samples 5 to 44); the last was skipped since its loss is nan" in str(
+        error
+    )
+    (error,) = on_ranks(tmp_path, 1, go, str(tmp_path / "short"), replace(plan, steps=4))
+    assert "the loss is not finite at the last step (4)" in str(error)
 
 
 def test_schedule_is_wsd():

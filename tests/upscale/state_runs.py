@@ -9,6 +9,7 @@ from tiny import tiny_config
 
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
+from train.batch import plain_batch
 from train.engine import Engine, EngineConfig
 
 BATCH, LENGTH, STOP = 12, 16, 4
@@ -33,9 +34,9 @@ def run(ranks, start, folder, first, last, precision="float32", dynamics="free",
     for step in range(first, last):
         ids = torch.randint(0, 131, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step % 7))
         mine = ids[ranks.rank * share : (ranks.rank + 1) * share]
-        total = engine.step([(mine, torch.ones(share))], HOW.lr, BATCH * LENGTH)
-        losses.append(float(ranks.sum(torch.tensor([total], dtype=torch.float64))) / (BATCH * LENGTH))
-        norms.append(engine.grad_norm)
+        taken = engine.step([plain_batch(mine)], HOW.lr)
+        losses.append(taken.loss)
+        norms.append(taken.grad_norm)
         if folder and step + 1 == STOP:
             files = {"config.json": json.dumps(dict(source.config)).encode()}
             engine.save(Path(folder), "stop", {"tokens": 7, "samples": 9, "seed": 1}, files)

@@ -1,0 +1,75 @@
+"""A job of several ranks: submitted, followed to its end, and why it failed if it did."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from growmerge.events import Follower
+from slurm.executor import Job, Kind, dead_ranks, stop, submit
+
+ALMOST_FULL = 2**18
+"""Free bytes below which a death without a message is put down to the disk: a rank could not even say why."""
+PATIENCE = 5.0
+"""Seconds between two looks for dead ranks; one that is dead at both ends the job."""
+
+
+def run_job(job: Job, kind: Kind, folder: Path, events: Path, show: Any, workdir: Path) -> str | None:
+    """Run a job, showing its events, and return the line to end with if it failed.
+
+    Args:
+        folder: of the job's scripts and logs.
+        events: file that the job's first rank appends its events to.
+        show: takes events (`event`), keeps time (`tick`), and holds the first bad input (`error`).
+        workdir: whose disk may have been full.
+    """
+    handle = submit(job, kind, folder)
+    follower = Follower(events)
+    dead: list[int] = []
+    dead_since = 0.0
+    try:
+        while not handle.done():
+            for event in follower.new():
+                show.event(event)
+            show.tick()
+            now = time.monotonic()
+            if kind == "local" and now - dead_since > PATIENCE:
+                before, dead, dead_since = dead, dead_ranks(handle), now
+                if dead and dead == before:
+                    stop(handle, kind)
+            time.sleep(0.2)
+    except BaseException:
+        stop(handle, kind)
+        raise
+    for event in follower.new():
+        show.event(event)
+    if show.error is not None:
+        return str(show.error)
+    line = _failure(handle, dead)
+    if line is not None and shutil.disk_usage(workdir).free < ALMOST_FULL:
+        return f"{show.stage}: {workdir}: no space left; nothing that was complete is lost"
+    return f"{show.stage}: {line}" if line else None
+
+
+def _failure(handle: Any, dead: Sequence[int]) -> str | None:
+    """Return the line of a rank that failed or died, if one did."""
+    failed = [rank for rank in range(handle.num_tasks) if handle.task(rank).exception() is not None]
+    for rank in sorted({*range(handle.num_tasks)} - {*failed}):
+        if (line := handle.task(rank).result()) is not None:
+            return str(line)  # a bad input that this rank alone met
+    if not failed:
+        return None
+    # A rank that was killed leaves no traceback; the others then fail in a collective. Name the first cause.
+    tasks = {rank: handle.task(rank) for rank in failed}
+    logs = {rank: _text(task.paths.stderr) for rank, task in tasks.items()}
+    silent = [rank for rank in [*dead, *failed] if rank in failed and "Traceback" not in logs[rank]]
+    if silent:
+        last = "it died without a message (killed, or out of memory)"
+        return f"rank {silent[0]} failed: {last}; log: {tasks[silent[0]].paths.stderr}"
+    rank = min(failed, key=lambda rank: tasks[rank].paths.result_pickle.stat().st_mtime_ns)
+    return f"rank {rank} failed: {logs[rank].strip().splitlines()[-1][:300]}; log: {tasks[rank].paths.stderr}"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""

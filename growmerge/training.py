@@ -1,0 +1,239 @@
+"""`growmerge train`: one training run, here, or as one of the ranks that torchrun or srun has started."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.files import disk_errors, read_json, write_json
+from growmerge.config import Marks, load_file
+from growmerge.schema_train import TrainConfig
+from growmerge.tasks import WITHOUT_RESULT
+from parallel.errors import InputError
+
+RUN = "run.json"
+"""What a run's folder says of itself: its configuration, and whether it is finished."""
+STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+SET_BY_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+"""torchrun's variables, and srun's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the ranks are told; plain data, pickled by submitit."""
+
+    config: TrainConfig
+    base: Path
+    folder: Path
+    events: Path
+    rendezvous: Path | None
+    threads: int
+    launcher: tuple[int, int] | None
+
+
+def load(path: Path) -> tuple[TrainConfig, Marks]:
+    """Read a file for `growmerge train`.
+
+    Raises:
+        InputError: anything wrong in it, with its line.
+    """
+    config, marks = load_file(TrainConfig, path)
+    starts = [key for key in ("model", "shape", "branch") if getattr(config, key) is not None]
+    if len(starts) != 1:
+        raise marks.error("", f"a run starts from exactly one of model, shape, branch; given: {starts or 'none'}")
+    if config.training.steps is None:
+        raise marks.error("training", "`steps` is missing")
+    if config.data.mixture not in config.mixtures:
+        from parallel.errors import one_of
+
+        raise marks.error("data.mixture", one_of("mixture", config.data.mixture, config.mixtures))
+    if config.grow is not None and config.branch is not None:
+        raise marks.error("grow", "a branch goes on with the model as it is")
+    return config, marks
+
+
+def train_file(path: Path, workdir: Path | None, executor: str) -> int:
+    """Train what a file says and return the exit code: 0 finished, 1 failed, 75 asked to stop and saved."""
+    config, marks = load(path)
+    folder = (workdir or Path("runs") / config.name).absolute()
+    base = path.absolute().parent
+    key = _key(config)
+    if _finished(folder, key, marks):
+        print(f"nothing to do: {config.name} is finished; model: {folder / 'model'}")
+        return 0
+    ranks = _launched()
+    with marks.within("training"):
+        plan_of(config).mesh(ranks[1] if ranks else config.resources.ranks)
+    if ranks:
+        return _as_rank(config, base, folder, key, *ranks)
+    return _launch(config, base, folder, key, executor, path)
+
+
+def plan_of(config: TrainConfig) -> Any:
+    """Return how the run trains."""
+    from train.plan import RunPlan
+
+    return RunPlan(**asdict(config.training))
+
+
+def _key(config: TrainConfig) -> str:
+    """Return the hash of all in a file that the run's result depends on."""
+    content = asdict(config)
+    for name in ("resources", "name"):
+        del content[name]
+    content["training"] = {key: value for key, value in content["training"].items() if key not in WITHOUT_RESULT}
+    for name in ("zero", "tp", "sp", "pp", "offload", "recompute", "compile", "micro_batch"):
+        del content["training"][name]  # a run may go on at another topology
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _finished(folder: Path, key: str, marks: Marks) -> bool:
+    """Return whether the run is finished.
+
+    Raises:
+        InputError: the folder has a run of another configuration.
+    """
+    from checkpoint import manifest
+
+    known = read_json(folder / RUN) if (folder / RUN).is_file() else None
+    begun = any(manifest.is_complete(path) for path in (folder / "checkpoints").glob("step-*"))
+    if known is not None and known.get("key") != key:
+        if not begun and not (folder / "model").exists():
+            return False  # nothing of it is there to be lost
+        raise InputError(
+            f"{folder}: holds a run of another configuration ({marks.file} has changed since): "
+            "give this one another name or --workdir, or delete the folder"
+        )
+    return known is not None and bool(known.get("finished")) and manifest.is_complete(folder / "model")
+
+
+def _launched() -> tuple[int, int, int] | None:
+    """Return (rank, ranks, rank on its node) if a launcher has started this process as one of several."""
+    for rank, world in SET_BY_LAUNCHERS:
+        if rank in os.environ and world in os.environ:
+            local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+            return int(os.environ[rank]), int(os.environ[world]), int(local)
+    return None
+
+
+def _as_rank(config: TrainConfig, base: Path, folder: Path, key: str, rank: int, world: int, local: int) -> int:
+    """Train as one of a launcher's ranks; its events are lines on stderr."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
+    from growmerge.events import EventLog
+    from growmerge.run_of_ranks import run
+    from growmerge.show import Show
+    from parallel.ranks import connect
+
+    if rank == 0:
+        _begin(folder, key)
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError("MASTER_ADDR and MASTER_PORT are not set: srun alone does not; see docs/training.md")
+    ranks = connect(rank, world)
+    if rank:
+        return run(config, base, folder, ranks, lambda event: None)
+    with Show({config.name: 0.0}, EventLog(folder / "log.jsonl")) as show:
+        show.stage = config.name
+        return run(config, base, folder, ranks, show.event)
+
+
+def _begin(folder: Path, key: str) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+        if known.get("key") != key:
+            write_json(folder / RUN, {"key": key, "finished": False})
+
+
+def _launch(config: TrainConfig, base: Path, folder: Path, key: str, executor: str, path: Path) -> int:
+    """Start the ranks as a job and follow it."""
+    from growmerge.events import EventLog
+    from growmerge.jobs import run_job
+    from growmerge.show import Show
+    from slurm.executor import Job, choose
+    from slurm.lease import Lease, this_process
+
+    resources = config.resources
+    kind = choose(executor)
+    threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.ranks)
+    _begin(folder, key)
+    with disk_errors(folder), Lease(folder / "lease.json", f"growmerge train {path}"):
+        place = folder / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        place.mkdir(parents=True)
+        me = this_process("train")
+        order = Order(
+            config=config,
+            base=base,
+            folder=folder,
+            events=place / "events.jsonl",
+            rendezvous=place / "rendezvous" if kind == "local" else None,
+            threads=threads,
+            launcher=(me.pid, me.started) if kind == "local" else None,
+        )
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch's threads when they start
+        job = Job(
+            name=config.name,
+            function=work,
+            arguments=(order,),
+            ranks=resources.ranks,
+            threads=threads,
+            minutes=resources.minutes,
+            memory_gb=resources.memory_gb,
+            gpus=resources.gpus,
+            slurm=resources.slurm,
+        )
+        with Show({config.name: 0.0}, EventLog(folder / "log.jsonl")) as show:
+            show.stage = config.name
+            failed = run_job(job, kind, place, order.events, show, folder)
+            if failed is not None:
+                show.say(failed)
+                return 1
+        if not read_json(folder / RUN)["finished"]:
+            print(f"{config.name}: asked to stop; saved, and the same command goes on from here", file=sys.stderr)
+            return STOPPED
+    print(f"done: model: {folder / 'model'}")
+    return 0
+
+
+def work(order: Order) -> str | None:
+    """Train as one rank of a job; return the line of a bad input, or None."""
+    from growmerge.worker import end_with, prepare_environment
+
+    if order.launcher is not None:
+        end_with(order.launcher)
+    prepare_environment(order.threads)
+    from contextlib import nullcontext, suppress
+
+    import torch
+
+    from growmerge.events import EventLog
+    from growmerge.run_of_ranks import run
+    from growmerge.worker import JOB_LEASE
+    from parallel.ranks import connect
+    from slurm.executor import task_environment
+    from slurm.lease import Lease
+
+    torch.set_num_threads(order.threads)
+    rank, world = task_environment()
+    with Lease(order.folder / JOB_LEASE, "a job of growmerge train") if rank == 0 else nullcontext():
+        log = EventLog(order.events) if rank == 0 else None
+
+        def report(event: Mapping[str, Any]) -> None:
+            if log is not None:
+                log.write({**event, "stage": order.config.name})
+
+        ranks = connect(rank, world, rendezvous=order.rendezvous)
+        try:
+            with disk_errors(order.folder):
+                run(order.config, order.base, order.folder, ranks, report)
+        except InputError as error:
+            with suppress(OSError):  # the disk may be full
+                report({"event": "error", "text": str(error)})
+            return str(error)
+        torch.distributed.destroy_process_group()
+    return None

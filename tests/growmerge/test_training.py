@@ -1,0 +1,255 @@
+"""`growmerge train`: a run from its file, its folder, its mistakes; real ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from growmerge.schema import Training
+from growmerge.training import load
+from parallel.errors import InputError
+from train.data.tokenizer import load_tokenizer, train_tokenizer
+from train.data.tokens import write_tokens
+from train.loop import read_metrics
+from train.plan import RunPlan
+
+WORDS = [
+    *("grow", "merge", "language", "model", "small", "large", "north", "sea"),
+    *("house", "stone", "river", "winter", "light", "bread", "word", "horse"),
+]
+FILE = """
+name: try
+seed: 3
+tokenizer: tokenizer
+shape: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, intermediate_size: 64}
+data: {folder: data, mixture: both}
+mixtures: {both: {eng: 0.3, swe: 0.7}}
+training:
+  steps: 12
+  sequence_length: 32
+  global_batch: 6
+  lr: 3e-3
+  warmup: 2
+  precision: float32
+  checkpoint_every: 4
+  evaluate_every: 6
+resources: {ranks: 2}
+"""
+
+
+def texts(language):
+    words = WORDS if language == "eng" else [word[::-1] for word in WORDS]
+    return [" ".join(words[(number * place) % len(words)] for place in range(1, 60)) for number in range(1, 120)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tokenizer, token files and held-out text of two languages."""
+    home = tmp_path_factory.mktemp("home")
+    tokenizer = train_tokenizer(texts("eng") + texts("swe"), vocab_size=300, folder=home / "tokenizer")
+    for language in ("eng", "swe"):
+        write_tokens(texts(language)[4:], tokenizer, home / "data" / language)
+        lines = [json.dumps({"id": str(number), "text": text}) for number, text in enumerate(texts(language)[:4])]
+        (home / "data" / f"{language}.heldout.jsonl").write_text("\n".join(lines) + "\n")
+    return home
+
+
+def write(home, name, text=FILE, **changes):
+    """Write a file for a run of that name, `key: value` lines of training changed."""
+    text = text.replace("name: try", f"name: {name}")
+    for key, value in changes.items():
+        lines = [line for line in text.splitlines() if not line.strip().startswith(f"{key}:")]
+        text = "\n".join(lines).replace("training:", f"training:\n  {key}: {value}") + "\n"
+    path = home / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+def start(path, *options, **environment):
+    command = [sys.executable, "-m", "growmerge.cli", "train", str(path), *options]
+    return subprocess.Popen(
+        command,
+        cwd=path.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", **environment},
+    )
+
+
+def run(path, *options, **environment):
+    process = start(path, *options, **environment)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A run from beginning to end."""
+    code, out, err = run(write(home, "whole"))
+    assert code == 0, err
+    assert "done: model:" in out
+    return home / "runs" / "whole"
+
+
+def losses(folder):
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_run_leaves_a_stock_model_and_a_full_log(whole, home):
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert model.num_parameters() > 10_000
+    assert load_tokenizer(whole / "model").sha256 == load_tokenizer(home / "tokenizer").sha256
+    lines = read_metrics(whole / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [*range(1, 13)]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    for line in steps:
+        assert set(line["losses"]) <= {"eng", "swe"}
+        assert min(line["losses"].values()) - 1e-9 <= line["loss"] <= max(line["losses"].values()) + 1e-9
+    scored = [line for line in lines if "evaluation" in line]
+    assert [line["step"] for line in scored] == [0, 6, 12]
+    assert set(scored[0]["evaluation"]["languages"]) == {"eng", "swe"}
+    timings = [json.loads(line) for line in (whole / "timings.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timings] == [*range(1, 13)]
+    assert all(line["tokens_per_second"] > 0 for line in timings)
+    saves = [line["save"] for line in timings if "save" in line]
+    assert saves
+    assert all(save["bytes"] > 1e5 for save in saves)
+    about = json.loads((whole / "model" / "growmerge.json").read_text())
+    assert about["tokens"] == 12 * 6 * 32
+
+
+def test_run_again_it_does_nothing_and_another_configuration_is_refused(whole, home):
+    before = (whole / "metrics.jsonl").stat().st_mtime_ns
+    assert run(home / "whole.yaml")[:2] == (0, f"nothing to do: whole is finished; model: {whole / 'model'}\n")
+    assert (whole / "metrics.jsonl").stat().st_mtime_ns == before
+    code, _, err = run(write(home, "whole", lr="1e-3"))
+    assert code == 2
+    assert "holds a run of another configuration" in err
+    assert "whole.yaml has changed since" in err
+    write(home, "whole")
+
+
+def test_asked_to_stop_it_saves_and_the_same_command_goes_on_to_the_same_end(whole, home):
+    path = write(home, "stopped")
+    folder = home / "runs" / "stopped"
+    process = start(path)
+    deadline = time.monotonic() + 200
+    while len(losses(folder)) < 5:
+        assert time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-f", "SUBMITIT|submitit.core._submit"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    for pid in children:
+        environment = Path(f"/proc/{pid}/environ")
+        if environment.is_file() and b"SUBMITIT_LOCAL_LOCALID=1\0" in environment.read_bytes():
+            os.kill(int(pid), signal.SIGTERM)  # one rank alone: all agree
+    _, err = process.communicate(timeout=200)
+    if process.returncode == 75:
+        assert "asked to stop; saved, and the same command goes on from here" in err
+        assert len(losses(folder)) < 12
+    assert run(path)[0] == 0
+    assert losses(folder) == losses(whole)
+
+
+def test_torchrun_starts_its_ranks(home):
+    path = write(home, "launched", steps="3", evaluate_every="0")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--standalone"]
+    ran = subprocess.run(
+        [*command, sys.executable, "-m", "growmerge.cli", "train", str(path)],
+        cwd=home,
+        text=True,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert len(losses(home / "runs" / "launched")) == 3
+    assert (home / "runs" / "launched" / "model" / "config.json").is_file()
+
+
+def test_a_branch_decays_from_the_stable_phase(whole, home):
+    """WSD with the same decay from the same step is the same run, so the branch has to end where the whole one did."""
+    path = write(home, "stable", schedule="constant", keep_every="4")
+    assert run(path)[0] == 0
+    stable = home / "runs" / "stable"
+    text = FILE.replace("shape: {", "branch: {run: runs/stable, step: 8}\nunused: {").replace(
+        FILE[FILE.index("shape:") : FILE.index("data:")], "branch: {run: runs/stable, step: 8}\n"
+    )
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("unused"))
+    assert run(write(home, "branch", text, steps="12"))[0] == 0
+    wsd = write(home, "wsd", decay="4")
+    assert run(wsd)[0] == 0
+    assert losses(home / "runs" / "branch")[:8] == losses(stable)[:8]
+    assert losses(home / "runs" / "branch") == losses(home / "runs" / "wsd")
+
+
+def test_an_alarm_stops_or_branches(home):
+    path = write(home, "alarm", alarms="{eng: +0 stop}", lr="5", decay="0", skip_sigma="1000", evaluate_every="3")
+    code, _, err = run(path)
+    assert code == 0, err
+    assert "eng:" in err
+    assert "bits per byte held out" in err
+    assert losses(home / "runs" / "alarm")[-1:] != []
+    assert len(losses(home / "runs" / "alarm")) < 12
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("mixture: both", "mixture: bth", "try.yaml:6: data.mixture: unknown mixture 'bth': allowed are both"),
+        ("folder: data,", "folder: dta,", "dta: no such folder; make it by `growmerge data prepare`"),
+        (
+            "seed: 3",
+            "seed: 3\nmodel: x",
+            "a run starts from exactly one of model, shape, branch; given: ['model', 'shape']",
+        ),
+        ("steps: 12", "stepz: 12", "try.yaml:9: training: unknown key 'stepz'"),
+        (
+            "steps: 12",
+            "steps: 12\n  pp: 2",
+            "pipeline parallelism (pp 2) does not work with ZeRO-3: use zero: 1, or pp: 1",
+        ),
+        ("steps: 12", "steps: 12\n  tp: 2\n  sp: 2", "cannot be combined: use tp: 4 with sp: 1"),
+        ("steps: 12", "steps: 12\n  tp: 3", "tp 3 x sp 1 x pp 1 = 3 does not divide the 2 ranks"),
+        ("{eng: 0.3, swe: 0.7}", "{eng: 0.3, swf: 0.7}", "swf"),
+        ("tokenizer: tokenizer", "tokenizer: elsewhere", "elsewhere: holds no tokenizer.json"),
+    ],
+)
+def test_mistakes_are_one_line(home, old, new, message):
+    path = home / "try.yaml"
+    assert old in FILE
+    path.write_text(FILE.replace(old, new))
+    code, _, err = run(path)
+    last = err.strip().splitlines()[-1]
+    assert message in last, err
+    assert code in (1, 2)
+    assert "Traceback" not in err
+
+
+def test_a_file_names_what_a_plan_has():
+    assert {field.name for field in fields(Training)} == {field.name for field in fields(RunPlan)}
+
+
+def test_a_tokenizer_larger_than_the_model_is_one_line(home, whole):
+    larger = train_tokenizer(
+        [*texts("eng"), *texts("swe"), "xyzzy plugh " * 50], vocab_size=330, folder=home / "larger"
+    )
+    assert larger.vocab_size > 300
+    text = FILE[: FILE.index("shape:")] + "model: runs/whole/model\n" + FILE[FILE.index("data:") :]
+    path = write(home, "mismatch", text.replace("tokenizer: tokenizer", "tokenizer: larger"))
+    with pytest.raises(InputError, match="exactly one"):
+        load(write(home, "none", text.replace("model: runs/whole/model\n", "")))
+    code, _, err = run(path)
+    assert code == 1
+    assert f"the tokenizer has {larger.vocab_size} entries, the model only 300" in err

@@ -1,0 +1,85 @@
+"""Every mesh and stage trains the same tiny model to the same losses as one rank; meshes that cannot be are refused."""
+
+import pytest
+import torch
+from tiny import on_ranks, tiny_config
+
+from checkpoint.memory import ScratchSource
+from parallel.mesh import Mesh, mesh_of
+from train.batch import plain_batch
+from train.engine import Engine, EngineConfig
+from train.pipeline import PipelineEngine
+
+BATCH, LENGTH, STEPS = 8, 16, 20
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def losses(ranks, variants):
+    """Train each variant and return its losses and norms."""
+    found = {}
+    for name, (changes, model) in variants.items():
+        mesh = changes.get("mesh", Mesh())
+        mesh = mesh_of(ranks.world_size, zero=changes.get("zero", 3), tp=mesh.tp, sp=mesh.sp, pp=mesh.pp)
+        dp = mesh.dp
+        passes = changes.get("accumulation", 1)
+        how = EngineConfig(
+            **{
+                "micro_batch": BATCH // dp // passes,
+                "accumulation": passes,
+                "lr": 3e-3,
+                "betas": (0.9, 0.95),
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "clip": 0.5,
+                "precision": "float32",
+                "sequence_length": LENGTH,
+                **changes,
+                "mesh": mesh,
+            }
+        )
+        kind = PipelineEngine if mesh.pp > 1 else Engine
+        engine = kind(ScratchSource(config=tiny_config(**model), seed=1), how, ranks)
+        found[name] = []
+        for step in range(STEPS):
+            ids = torch.randint(0, 131, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step % 7))
+            mine = ids.chunk(dp)[mesh.data_rank(ranks.rank)].chunk(passes)
+            taken = engine.step([plain_batch(part) for part in mine], how.lr)
+            found[name].append((taken.loss, taken.grad_norm))
+        engine.close()
+    return found
+
+
+UNTIED = {"tie_word_embeddings": False}
+MESHES = {
+    "zero 0": ({"zero": 0}, {}),
+    "zero 1": ({"zero": 1}, {}),
+    "zero 2, two passes": ({"zero": 2, "accumulation": 2}, {}),
+    "zero 3": ({}, {}),
+    "zero 2, offload": ({"zero": 2, "offload": True}, {}),
+    "zero 3, offload": ({"offload": True}, {}),
+    "recompute": ({"recompute": True}, {}),
+    "tp": ({"mesh": Mesh(tp=2)}, {}),
+    "tp untied": ({"mesh": Mesh(tp=2)}, UNTIED),
+    "sp": ({"mesh": Mesh(sp=2)}, {}),
+    "pp": ({"mesh": Mesh(pp=2), "zero": 1}, {}),
+    "pp untied, two passes": ({"mesh": Mesh(pp=2), "zero": 1, "accumulation": 2}, UNTIED),
+    "pp, recompute": ({"mesh": Mesh(pp=2), "zero": 1, "recompute": True}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """By ranks: what each variant trained to. Four ranks have each axis beside two data ranks."""
+    one = {"tied": ({"zero": 0}, {}), "untied": ({"zero": 0}, UNTIED)}
+    return {
+        1: on_ranks(tmp_path_factory.mktemp("one"), 1, losses, one)[0],
+        4: on_ranks(tmp_path_factory.mktemp("four"), 4, losses, MESHES)[0],
+    }
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_trains_as_one_rank_does(found, name):
+    reference = found[1]["untied" if "untied" in name else "tied"]
+    for (loss, norm), (expected, expected_norm) in zip(found[4][name], reference, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+        assert norm == pytest.approx(expected_norm, rel=1e-3)

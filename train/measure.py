@@ -1,0 +1,231 @@
+"""What a log record holds beside the loss: gradient norms and clone asymmetry by block, loss by language, text seen,
+speed against the device's peak, memory. Pure functions; the loop sums over ranks what has to be summed.
+
+Letters: B batch, T tokens, L languages.
+"""
+
+import math
+import re
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from parallel.errors import InputError
+from parallel.families import NORMS, Tensor, family_of
+from upscale.factors import AxisGrowth, Recipe, axis_growths
+from upscale.verify import clone_asymmetry
+
+PEAK_FLOPS: dict[str, float] = {
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "MI355X": 2500e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI300A": 980e12,
+    "MI250X": 191.5e12,
+    "MI250": 181e12,
+    "MI210": 181e12,
+}
+"""Peak FLOP/s of a device in bfloat16 with dense matrices, by the words of its name (the vendors' data sheets; where
+those give the rate with 2:4 sparsity alone, half of it). Both dies of an MI250X have 383e12, but each is a device."""
+
+
+def peak_flops(name: str | None) -> float | None:
+    """Return the peak FLOP/s of a device by what `torch.cuda.get_device_name()` calls it; None if it is not known.
+
+    Args:
+        name: None for a CPU, whose peak is not known.
+    """
+    words = set(re.split(r"[^A-Za-z0-9]+", name or ""))
+    fitting = [key for key in PEAK_FLOPS if set(key.split()) <= words]
+    return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
+
+
+def flops_per_token(config: Mapping[str, Any], sequence_length: int) -> float:
+    """Return the FLOPs of a token's forward and backward pass: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
+
+    N counts the parameters that a token is multiplied with: the head is among them, also where it is the embedding, and
+    the look-up in the embedding is not. L layers, H heads of size Q, T the tokens that attention spans: the sequence,
+    or in a layer with a sliding window no more than the window. As in the paper no half is taken off for the causal
+    mask, and what recomputing activations costs is not counted.
+    """
+    family = family_of(config)
+    tensors = family.tensors(config).values()
+    multiplied = sum(math.prod(tensor.shape) for tensor in tensors if tensor.kind != "embedding")
+    spans = sum(min(sequence_length, window or sequence_length) for window in _windows(config))
+    return 6.0 * multiplied + 12.0 * family.axes(config)["q"] * spans
+
+
+def _windows(config: Mapping[str, Any]) -> list[int | None]:
+    """Return each layer's sliding window (tokens), None where it attends to all."""
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    kinds = config.get("layer_types")
+    if kinds:
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    # Mistral alone has one without naming its layers' kinds; Qwen's configs hold windows that are not used.
+    return [window if family_of(config).name == "mistral" else None] * layers
+
+
+def speed(
+    tokens: int, seconds: float, *, flops_a_token: float, devices: int, peak: float | None
+) -> dict[str, float | None]:
+    """Return tokens/s over all devices, and the model FLOPs utilisation: their FLOPs as a share of the devices' peak.
+
+    Args:
+        tokens: trained on in these seconds by all devices together.
+        peak: FLOP/s of one device, from `peak_flops`; without it there is no utilisation (None).
+    """
+    rate = tokens / seconds if seconds > 0 else math.nan
+    return {"tokens_per_second": rate, "mfu": rate * flops_a_token / (devices * peak) if peak else None}
+
+
+def peak_memory() -> dict[str, int]:
+    """Return this process' peaks since its start (bytes): resident, and allocated and reserved on the device."""
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        found["device_allocated"] = torch.cuda.max_memory_allocated()
+        found["device_reserved"] = torch.cuda.max_memory_reserved()
+    return found
+
+
+def blocks(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the block of each tensor by name: embedding, layers/N/attention, layers/N/mlp, norms or head.
+
+    All norms are one block, wherever they stand; a bias belongs to its matrix. An alias is listed with its own block.
+    """
+    return {name: _block(tensor) for name, tensor in family_of(config).tensors(config).items()}
+
+
+def _block(tensor: Tensor) -> str:
+    if tensor.kind in NORMS:
+        return "norms"
+    if tensor.layer is None:
+        return tensor.kind
+    return f"layers/{tensor.layer}/{'attention' if '.self_attn.' in tensor.name else 'mlp'}"
+
+
+def block_norms(squares: Mapping[str, float], blocks: Mapping[str, str]) -> dict[str, float]:
+    """Return the gradient's norm by block, the blocks in the model's order.
+
+    Args:
+        squares: squared norm of each tensor's gradient, over all ranks; tied tensors once, under their owner's name.
+        blocks: of every tensor.
+    """
+    parts: dict[str, list[float]] = {block: [] for block in dict.fromkeys(blocks.values())}
+    for name, square in squares.items():
+        parts[blocks[name]].append(square)
+    return {block: math.sqrt(math.fsum(found)) for block, found in parts.items() if found}
+
+
+def growths_of(recipe: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, tuple[AxisGrowth, ...]]:
+    """Return what became of each tensor's dims when a model was grown, from the grown model alone.
+
+    Args:
+        recipe: factors of hidden, heads, kv_heads and ffn, as a grown checkpoint's provenance records them.
+        config: the grown model's.
+
+    Raises:
+        InputError: the sizes are no multiples of the factors.
+    """
+    made_by = Recipe(**{part: recipe.get(part, 1) for part in _SIZES})  # type: ignore[arg-type]
+    factors, small = made_by.factors(), dict(config)
+    for part, key in _SIZES.items():
+        size = config.get(key) or config["num_attention_heads"]
+        small[key], rest = divmod(size, factors[part])
+        if rest:
+            raise InputError(f"{key} is {size}, which growth by {factors[part]} ({part}) cannot have made")
+    family = family_of(config)
+    small["head_dim"] = family.axes(config)["head_dim"]
+    axes = axis_growths(made_by, small)
+    return {name: tuple(axes[axis] for axis in tensor.axes) for name, tensor in family.tensors(small).items()}
+
+
+_SIZES = {
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "ffn": "intermediate_size",
+}
+
+
+def clone_asymmetries(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    growths: Mapping[str, Sequence[AxisGrowth]],
+    blocks: Mapping[str, str],
+) -> dict[str, float]:
+    """Return how far copies are from one another in a grown model by block: the mean over the block's tensors of
+    `upscale.verify.clone_asymmetry`. 0 in all blocks means that the model trains as the small one would.
+
+    Args:
+        tensors: (name, whole weight), one after the other; each is held no longer than it takes.
+        growths: of every tensor's dims (`growths_of`).
+        blocks: of every tensor.
+    """
+    parts: dict[str, list[float]] = {block: [] for block in dict.fromkeys(blocks.values())}
+    for name, tensor in tensors:
+        parts[blocks[name]].append(clone_asymmetry(tensor, growths[name]))
+    return {block: math.fsum(found) / len(found) for block, found in parts.items() if found}
+
+
+def language_sums(losses: torch.Tensor, weights: torch.Tensor, languages: torch.Tensor, count: int) -> torch.Tensor:
+    """Return (sum of losses, tokens) by language, float64 [L, 2]; sums of several passes and ranks may be added up.
+
+    Args:
+        losses: of each token (nats), [B, T].
+        weights: 1 or 0 for each sample [B] or token [B, T]; what has weight 0 counts nowhere.
+        languages: number of each sample's or token's language, [B] or [B, T].
+        count: L.
+    """
+    spread = [values if values.dim() == 2 else values[:, None].expand_as(losses) for values in (weights, languages)]
+    weight, language = (values.reshape(-1) for values in spread)
+    # Where the weight is 0 the loss may be anything, nan as well.
+    loss = torch.where(weight != 0, losses.detach().reshape(-1).double() * weight, 0.0)
+    found = []
+    for number in range(count):
+        here = language == number
+        found.append(torch.stack([torch.where(here, loss, 0.0).sum(), torch.where(here, weight.double(), 0.0).sum()]))
+    return torch.stack(found)
+
+
+def language_losses(names: Sequence[str], sums: torch.Tensor) -> dict[str, float]:
+    """Return the mean loss of a token (nats) by language, of the languages that had any.
+
+    Args:
+        sums: `language_sums`, added up over passes and ranks, [L, 2].
+    """
+    rows = zip(names, sums.tolist(), strict=True)
+    return {name: loss / tokens for name, (loss, tokens) in rows if tokens}
+
+
+def bytes_seen(tokens: Mapping[str, int], corpora: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return the UTF-8 bytes of text seen by corpus: its tokens seen, at the corpus' mean bytes a token.
+
+    Exact after whole epochs. Tokens seen by corpus are a function of the step alone (`train.data.order.Mixture.usage`),
+    so no counter has to survive a resume.
+
+    Args:
+        tokens: seen of each corpus.
+        corpora: (bytes, tokens) of each whole corpus.
+    """
+    return {name: round(seen * corpora[name][0] / corpora[name][1]) for name, seen in tokens.items()}
