@@ -52,25 +52,16 @@ def part_of(shape: Sequence[int], ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * part, count), min((rank + 1) * part, count)
 
 
-def read_shard(
-    source: Source, topology: Topology, rank: int, slots: Sequence[Slot] = STATE_SLOTS
-) -> list[dict[Slot, torch.Tensor]]:
-    """Read one rank's partition of a source: for each sub-group, one flat float32 tensor a slot, padding zero.
+def read_shard(source: Source, sub_group: SubGroup, ranks: int, rank: int, out: Mapping[Slot, torch.Tensor]) -> None:
+    """Fill one rank's flat float32 tensors of a sub-group, one a slot, all zero before, with its part of a source.
 
-    A source without masters gives its weights; one without optimizer state gives zeros, as a fresh Adam has them.
-    No more than this rank's share is ever in memory.
+    A source without masters gives its weights; of one without optimizer state the zeros stay, as a fresh Adam has them.
     """
-    shard = []
-    for sub_group in topology.sub_groups:
-        total = sum(part_size(numel(shape), topology.ranks) for _, shape in sub_group.tensors)
-        flat: dict[Slot, torch.Tensor] = {slot: torch.zeros(total, dtype=torch.float32) for slot in slots}
-        at = 0
-        for name, shape in sub_group.tensors:
-            start, stop = part_of(shape, topology.ranks, rank)
-            read_range(source, name, start, stop, {slot: flat[slot][at : at + stop - start] for slot in slots})
-            at += part_size(numel(shape), topology.ranks)
-        shard.append(flat)
-    return shard
+    at = 0
+    for name, shape in sub_group.tensors:
+        start, stop = part_of(shape, ranks, rank)
+        read_range(source, name, start, stop, {slot: flat[at : at + stop - start] for slot, flat in out.items()})
+        at += part_size(numel(shape), ranks)
 
 
 def read_range(source: Source, name: str, start: int, stop: int, out: Mapping[Slot, torch.Tensor]) -> None:

@@ -108,6 +108,16 @@ def train(config: Path, workdir: Path | None, executor: str) -> None:
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(config: Path, as_json: bool) -> None:
+    """Say what a model takes on a cluster: memory, time and GPU-hours of each topology that fits, the best first."""
+    from growmerge.planner import print_best
+
+    print_best(config, as_json=as_json)
+
+
+@main.command()
 @click.argument("workdir", type=click.Path(path_type=Path))
 def report(workdir: Path) -> None:
     """Make report.html and report.md of a finished run's WORKDIR anew, from its results.json."""

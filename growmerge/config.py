@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from growmerge import rules, rules_data, rules_mixture
+from growmerge import rules, rules_data, rules_mixture, rules_pipeline
 from growmerge.document import Item, read_document
 from growmerge.schema import Pipeline, Stage, Training, TrainStage
 from parallel.errors import InputError, one_of
@@ -21,7 +21,7 @@ STAGES = "stages."
 Kind = TypeVar("Kind")
 LARGEST = 2**63 - 1
 RANGES = {**rules.RANGES, **rules_data.RANGES, **rules_mixture.RANGES}
-RULES = {**rules.RULES, **rules_data.RULES, **rules_mixture.RULES}
+RULES = {**rules.RULES, **rules_data.RULES, **rules_mixture.RULES, **rules_pipeline.RULES}
 OVERRIDES: Mapping[tuple[type, str], type] = {(TrainStage, "training"): Training}
 """Fields that hold some keys of another dataclass: each given key is checked as if it stood there."""
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")

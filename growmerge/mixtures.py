@@ -112,3 +112,30 @@ def training_order(
         starts=tuple(stage.from_step * global_batch for stage in mixture.stages),
         mixtures=tuple(component.order(one, wholes, seed=seed) for one in parts),
     )
+
+
+def pipeline_order(
+    name: str,
+    mixtures: Mapping[str, AnyMixture],
+    sizes: Mapping[str, Size],
+    wholes: Mapping[str, int],
+    *,
+    seed: int,
+    global_batch: int,
+) -> Mixture | Staged:
+    """Return the order of samples of a mixture of a pipeline file.
+
+    Here it is decided that a short form keeps the default period, however small a share is, and its weights to the
+    last bit: so it was before pipeline files had long forms, and what was trained then is still up to date.
+
+    Args:
+        wholes: sequences that each corpus has, by name.
+
+    Raises:
+        InputError: see `training_order`.
+    """
+    mixture = mixtures[name]
+    if isinstance(mixture, MixtureConfig):
+        return training_order(name, mixtures, sizes, wholes, seed=seed, global_batch=global_batch)
+    counts = tuple(wholes[corpus] for corpus in mixture)
+    return Mixture(names=tuple(mixture), weights=tuple(mixture.values()), sizes=counts, seed=seed)

@@ -14,6 +14,7 @@ from rich.table import Table
 from growmerge.config import merged_training
 from growmerge.graph import Node
 from growmerge.schema import MergeStage, Pipeline, Resources, TrainStage
+from growmerge.schema_mixture import MixtureConfig
 from growmerge.shapes import model_configs, multiplied, parameters
 
 STEP_SECONDS = 0.079
@@ -106,6 +107,10 @@ def print_plan(stages: Sequence[PlannedStage], pipeline: Pipeline) -> None:
     width = max(terminal, WIDTH, longest + BESIDES)
     console = Console(width=width, markup=False, highlight=False, emoji=False)
     console.print(_table(stages, pipeline))
+    if lines := mixtures_in_words(stages, pipeline):
+        console.print("Mixtures, whose epochs are unknown before the text is there and tokenised:")
+        for line in lines:
+            console.print(f"  {line}", soft_wrap=True)
     seconds, count = total_seconds(stages, pipeline.resources), cores(pipeline.resources)
     console.print(
         f"Modelled on {pipeline.resources.ranks} ranks, {count} cores: {STEP_SECONDS} s a step and "
@@ -139,6 +144,31 @@ def _table(stages: Sequence[PlannedStage], pipeline: Pipeline) -> Table:
     for name, reads in after(stages):
         table.add_row(name, "measure" if name != "report" else "report", reads)
     return table
+
+
+def mixtures_in_words(stages: Sequence[PlannedStage], pipeline: Pipeline) -> list[str]:
+    """Return a line for each mixture in a long form that is trained on, and for those that it names.
+
+    No epochs are among it: they follow from the sizes of the corpora.
+    """
+    lines: dict[str, str] = {}
+    names = [stage.data for stage in stages if stage.data is not None]
+    while names:
+        name = names.pop(0)
+        mixture = pipeline.mixtures[name]
+        if name in lines or not isinstance(mixture, MixtureConfig):
+            continue
+        others = [stage.mixture for stage in mixture.stages]
+        names += [mixture.part_of] if mixture.part_of is not None else others
+        if mixture.stages:
+            lines[name] = ", ".join(f"{stage.mixture} from step {stage.from_step}" for stage in mixture.stages)
+        elif mixture.part_of is not None:
+            lines[name] = f"{', '.join(mixture.corpora)} of {mixture.part_of}"
+        else:
+            lines[name] = f"{mixture.sampling} of {', '.join(mixture.corpora or mixture.weights)}"
+        if mixture.replay:
+            lines[name] += f", with replay of {', '.join(part.corpus for part in mixture.replay)}"
+    return [f"{name}: {words}" for name, words in lines.items()]
 
 
 def before(pipeline: Pipeline) -> list[tuple[str, str]]:

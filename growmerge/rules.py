@@ -1,4 +1,7 @@
-"""What values of the pipeline file can be: ranges of numbers, and what the keys of one mapping owe each other."""
+"""What values of the pipeline file can be: ranges of numbers, and what the keys of one mapping owe each other.
+
+The keys of the whole file: `growmerge.rules_pipeline`.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +24,7 @@ from growmerge.schema import (
     TokenizerConfig,
     Training,
 )
-from parallel.errors import InputError, one_of
+from parallel.errors import InputError
 from parallel.mesh import mesh_of
 from upscale.factors import FAINTEST
 
@@ -159,6 +162,14 @@ def training(training: Training) -> Iterator[Problem]:
         yield "warmup", f"{training.warmup} steps of warm-up are more than the run's {training.steps} steps"
     if training.decay > max(1, training.steps or 1) or (training.decay > 1 and training.decay % 1):
         yield "decay", f"{training.decay:g} is no length: a share from 0 to 1, or whole steps of the run's"
+    if training.offload == "nvme":
+        yield (
+            "offload",
+            "nvme is not supported: DeepSpeed keeps such a state out of its checkpoints, so that a run could neither "
+            "save in the background nor go on with other ranks; use cpu",
+        )
+    if training.zero == 0 and training.offload != "none":
+        yield "offload", "needs ZeRO, which decides what lies where: use zero: 1 or more"
     if training.zero == 0 and training.precision == "bfloat16":
         yield "zero", "0 keeps no float32 master copy of bfloat16 weights: use zero: 1, or precision: float32"
     if training.documents == "masked" and training.sp > 1:
@@ -206,40 +217,6 @@ def check(check: Check) -> Iterator[Problem]:
         yield "models", "the list is empty"
 
 
-def pipeline(pipeline: Pipeline) -> Iterator[Problem]:
-    if not NAME.fullmatch(pipeline.name):
-        yield "name", f"{pipeline.name!r} cannot be a name: it becomes a folder; use letters, digits and . _ + -"
-    for key in ("corpora", "mixtures", "stages"):
-        if not getattr(pipeline, key):
-            yield key, "language without text: no corpus is given" if key == "corpora" else "none is given"
-    for language in pipeline.corpora:
-        if not re.fullmatch(r"[\w-]+", language):
-            yield f"corpora.{language}", f"{language!r} cannot be a language's code: use letters, digits, - and _"
-    for language in pipeline.tokenizer.train_on:
-        if language not in pipeline.corpora:
-            yield "tokenizer.train_on", f"language without text: {one_of('corpus', language, pipeline.corpora)}"
-    for name, weights in pipeline.mixtures.items():
-        yield from _mixture(pipeline, name, weights)
-    window = pipeline.evaluation.window or pipeline.training.sequence_length
-    if pipeline.evaluation.stride and pipeline.evaluation.stride >= window:
-        yield "evaluation.stride", f"{pipeline.evaluation.stride} is not shorter than the window of {window} tokens"
-
-
-def _mixture(pipeline: Pipeline, name: str, weights: Mapping[str, float]) -> Iterator[Problem]:
-    """A mixture's names are corpora and splits of them, its weights positive."""
-    if not weights:
-        yield f"mixtures.{name}", "the mixture is empty: give weights of corpora, such as {eng: 1}"
-    for part, weight in weights.items():
-        language, dot, split = part.partition(".")
-        where = f"mixtures.{name}.{part}"
-        if language not in pipeline.corpora:
-            yield where, f"language without text: {one_of('corpus', language, pipeline.corpora)}"
-        elif dot and split not in pipeline.corpora[language].splits:
-            yield where, one_of(f"split of {language}", split, pipeline.corpora[language].splits)
-        if weight <= 0:
-            yield where, f"{weight:g} is not a weight: allowed is above 0"
-
-
 RULES: Mapping[type, Callable[[Any], Iterator[Problem]]] = {
     TextSource: text_source,
     Corpus: corpus,
@@ -249,6 +226,5 @@ RULES: Mapping[type, Callable[[Any], Iterator[Problem]]] = {
     MergeStage: merge,
     Study: study,
     Check: check,
-    Pipeline: pipeline,
 }
 """By dataclass: what its keys owe each other. The first problem found is the one that is told."""

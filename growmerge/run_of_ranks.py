@@ -18,16 +18,16 @@ from checkpoint.writer import write_checkpoint
 from eval.evaluate import evaluate_model
 from growmerge import __version__
 from growmerge.mixtures import prepared_sizes, training_order
+from growmerge.samples import languages_of, open_corpora, samples, sequences_of
 from growmerge.schema_train import TrainConfig
 from growmerge.stages import DTYPES, scratch_config
 from growmerge.texts import TOKENIZER_FILES
 from growmerge.training import RUN, STOPPED, plan_of
 from parallel.errors import InputError, one_of
 from parallel.ranks import Ranks
-from train.batch import Sample, SampleAt
+from train.batch import SampleAt
 from train.data.readers import Document
 from train.data.tokenizer import TextTokenizer, load_tokenizer
-from train.data.tokens import TokenFile, open_tokens
 from train.loop import last_checkpoint, train
 from train.plan import RunPlan
 from upscale.factors import Recipe
@@ -55,7 +55,7 @@ def run(config: TrainConfig, base: Path, folder: Path, ranks: Ranks, report: Rep
             f"the tokenizer has {tokenizer.vocab_size} entries, the model only {source.config['vocab_size']}: "
             "use the model's own tokenizer, or give it new rows by `growmerge tokenizer replace`"
         )
-    sample, corpora, languages = samples(config, base, plan, source.config["vocab_size"])
+    sample, corpora, languages = run_samples(config, base, plan, source.config["vocab_size"])
     heldout = read_heldout(base / config.data.folder, config, languages)
     window = config.evaluation.window or plan.sequence_length
 
@@ -136,7 +136,7 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def samples(
+def run_samples(
     config: TrainConfig, base: Path, plan: RunPlan, vocab_size: int
 ) -> tuple[SampleAt, tuple[str, ...], tuple[str, ...]]:
     """Return the run's samples by number, the names of their corpora, and the languages of these.
@@ -148,24 +148,13 @@ def samples(
     if not folder.is_dir():
         raise InputError(f"data.folder: {folder}: no such folder; make it by `growmerge data prepare`")
     sizes = prepared_sizes(folder)
-    wholes, files = {}, {}
-    for name in sizes:
-        files[name] = open_tokens(folder / name, vocab_size=vocab_size)
-        wholes[name] = files[name].sequences(plan.sequence_length)
+    files = open_corpora(folder, sizes, vocab_size=vocab_size)
+    wholes = sequences_of(files, plan.sequence_length)
     order = training_order(
         config.data.mixture, config.mixtures, sizes, wholes, seed=config.seed, global_batch=plan.global_batch
     )
-    names = tuple(order.names)
-    where = dict(zip(names, order.corpora, strict=True))
-    number = {name: index for index, name in enumerate(names)}
-
-    def sample(at: int) -> Sample:
-        name, sequence, _ = order.sample(at)
-        file: TokenFile = files[where[name]]
-        starts = file.starts(sequence, plan.sequence_length) if plan.documents == "masked" else None
-        return Sample(ids=file.sequence(sequence, plan.sequence_length), starts=starts, corpus=number[name])
-
-    return sample, names, tuple(dict.fromkeys(corpus.partition(".")[0] for corpus in where.values()))
+    sample, names = samples(order, files, length=plan.sequence_length, documents=plan.documents)
+    return sample, names, languages_of(order.corpora)
 
 
 def read_heldout(folder: Path, config: TrainConfig, languages: tuple[str, ...]) -> dict[str, tuple[Document, ...]]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from growmerge.schema_mixture import AnyMixture
+
 DecayShape = Literal["linear", "sqrt", "cosine"]
 Dynamics = Literal["preserve", "mup", "free"]
 GrowthMethod = Literal["exact-split", "symmetric", "diagonal"]
@@ -14,6 +16,8 @@ GrownOptimizer = Literal["reset", "scaled", "asymmetric"]
 MergeMethod = Literal["linear", "ties"]
 Precision = Literal["float32", "bfloat16"]
 Documents = Literal["packed", "masked"]
+Offload = Literal["none", "cpu", "nvme"]
+Saves = Literal["auto", "background", "blocking"]
 ScheduleKind = Literal["wsd", "cosine", "constant"]
 TrackerKind = Literal["jsonl", "wandb"]
 Reader = Literal["jsonl", "parquet", "txt", "json-strings", "pythonbible"]
@@ -148,6 +152,9 @@ class Training:
     """Newest checkpoints kept; with two, a damaged one costs the steps since the one before it."""
     keep_every: int | None = None
     """Checkpoints kept for good: those whose step is a multiple of this (to branch off from)."""
+    saves: Saves = "auto"
+    """background: a save copies the state in the CPU's memory and goes on while it is written; blocking: it waits until
+    all is on disk; auto: in the background where a second copy fits into half of the memory that is free."""
     evaluate_every: int = 0
     """Steps between held-out evaluations (0: at the start and the end alone)."""
     alarms: Mapping[str, float | str] = field(default_factory=dict)
@@ -162,8 +169,8 @@ class Training:
     """Sequence-parallel ranks (Ulysses), which share each sequence."""
     pp: int = 1
     """Pipeline stages; with zero: 1."""
-    offload: bool = False
-    """Keep the optimizer's state in the CPU's memory, and step there."""
+    offload: Offload = "none"
+    """cpu: keep the optimizer's state in the CPU's memory, and step there."""
     recompute: bool = False
     """Gradient checkpointing: keep each layer's input alone and compute the rest again in the backward pass."""
     compile: bool = False
@@ -331,8 +338,8 @@ class Pipeline:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig | None = None
     """Shape of a model trained from scratch."""
-    mixtures: Mapping[str, Mapping[str, float]]
-    """Training data by name: weights of corpora (`swe`) and splits (`eng.first`)."""
+    mixtures: Mapping[str, AnyMixture]
+    """Training data by name: weights of corpora (`swe`) and splits (`eng.first`), or a long form; see docs/data.md."""
     training: Training = field(default_factory=Training)
     stages: Mapping[str, Stage]
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -21,18 +21,18 @@ from growmerge import __version__
 from growmerge.cards import card
 from growmerge.config import merged_training
 from growmerge.context import Context
-from growmerge.schema import GrowStage
+from growmerge.mixtures import pipeline_order, prepared_sizes
+from growmerge.resolved import corpora_of
+from growmerge.samples import open_corpora, samples, sequences_of
+from growmerge.schema import GrowStage, TrainStage
 from growmerge.shapes import recipe_of
 from growmerge.starts import keeps_optimizer, starting_source
-from growmerge.tasks import WITHOUT_RESULT, Task
+from growmerge.tasks import WITHOUT_RESULT, Task, trained_languages
 from growmerge.texts import described, heldout_documents, tokenizer_of
 from merge.merge import merge
 from parallel.errors import InputError
 from parallel.ranks import Ranks
-from train.batch import Sample
-from train.data.order import Mixture
 from train.data.tokenizer import TextTokenizer
-from train.data.tokens import open_tokens
 from train.loop import train
 from train.plan import RunPlan
 from upscale.grow import grow
@@ -49,22 +49,18 @@ def do_train(context: Context, task: Task) -> None:
     how: dict[str, Any] = dict(config["training"])
     chosen = merged_training(context.pipeline, context.train_stage(task.name))
     plan = RunPlan(**{**how, "betas": tuple(how["betas"]), **{key: getattr(chosen, key) for key in WITHOUT_RESULT}})
-    mixture, files = config["mixture"], {}
-    for name in mixture:
-        files[name] = open_tokens(context.folder("tokens") / name)
-    order = Mixture(
-        names=tuple(mixture),
-        weights=tuple(mixture.values()),
-        sizes=tuple(files[name].sequences(plan.sequence_length) for name in mixture),
+    data, mixtures, tokens = config["data"], context.pipeline.mixtures, context.folder("tokens")
+    sizes = prepared_sizes(tokens)
+    files = open_corpora(tokens, corpora_of(data, mixtures))
+    order = pipeline_order(
+        data,
+        mixtures,
+        sizes,
+        sequences_of(files, plan.sequence_length),
         seed=config["seed"],
+        global_batch=plan.global_batch,
     )
-
-    corpora = {name: index for index, name in enumerate(mixture)}
-
-    def sample(number: int) -> Sample:
-        name, index, _ = order.sample(number)
-        return Sample(ids=files[name].sequence(index, plan.sequence_length), corpus=corpora[name])
-
+    sample, corpora = samples(order, files, length=plan.sequence_length, documents=plan.documents)
     heldout = heldout_documents(context)
     heldout = {language: heldout[language] for language in config["evaluation"]["languages"]}
 
@@ -104,9 +100,9 @@ def do_train(context: Context, task: Task) -> None:
         files={"config.json": (json.dumps(hf_config, indent=2) + "\n").encode()},
         evaluate=evaluate,
         report=lambda event: context.report({**event, "stage": task.name}),
-        corpora=tuple(mixture),
+        corpora=corpora,
         keep_optimizer=keeps_optimizer(context, config["from_"]),
-        about={"name": task.name, "training": how, "mixture": mixture},
+        about={"name": task.name, "training": how, "mixture": config["mixture"]},
     )
     if result.stopped is not None:
         context.report({"event": "warning", "stage": task.name, "text": f"ended early: {result.stopped}"})
@@ -260,8 +256,8 @@ def write_card(context: Context, task: Task) -> None:
 
 def _languages_seen(context: Context, stage: str) -> set[str]:
     """Return the languages that a stage's model or any of its ancestors was trained on."""
-    task = context.tasks[stage]
-    seen = {name.partition(".")[0] for name in task.config.get("mixture", {})}
-    for name in context.nodes[stage].inputs:
+    node = context.nodes[stage]
+    seen = trained_languages(context.pipeline, node.stage) if isinstance(node.stage, TrainStage) else set()
+    for name in node.inputs:
         seen |= _languages_seen(context, name)
     return seen

@@ -14,6 +14,7 @@ from typing import Any
 from checkpoint import manifest
 from growmerge.config import merged_training
 from growmerge.graph import Node
+from growmerge.resolved import corpora_of, resolved
 from growmerge.schema import Corpus, Pipeline, TrainStage
 from parallel.errors import InputError
 from train.data.places import opened
@@ -45,7 +46,8 @@ ADDED: Mapping[str, Any] = {
     "tp": 1,
     "sp": 1,
     "pp": 1,
-    **dict.fromkeys(("offload", "recompute", "compile"), False),
+    "offload": "none",
+    **dict.fromkeys(("recompute", "compile"), False),
     "skip_sigma": 6.0,
     "stop_after": 8,
 }
@@ -53,7 +55,7 @@ ADDED: Mapping[str, Any] = {
 are left out of a task's configuration, so that older results are still up to date."""
 
 
-WITHOUT_RESULT = ("checkpoint_every", "keep", "keep_every", "stall_minutes", "tracker")
+WITHOUT_RESULT = ("checkpoint_every", "keep", "keep_every", "saves", "stall_minutes", "tracker")
 """Keys of a training that no result depends on."""
 
 
@@ -150,11 +152,11 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
     config["stamps"] = {path: _path_stamp(path, base) for path in paths}
     if isinstance(node.stage, TrainStage):
         config["training"] = _without_added(merged_training(pipeline, node.stage))
-        config["mixture"] = dict(pipeline.mixtures[node.stage.data])
+        config["mixture"] = resolved(node.stage.data, pipeline.mixtures)
         config["precision"] = config["training"]["precision"]
         config["training"] = {key: value for key, value in config["training"].items() if key not in WITHOUT_RESULT}
         config["evaluation"] = {key: _evaluation(pipeline)[key] for key in ("window", "stride")}
-        config["evaluation"]["languages"] = _trained_languages(pipeline, config["mixture"])
+        config["evaluation"]["languages"] = _scored_languages(pipeline, node.stage)
         if node.stage.from_ == "scratch" and pipeline.model is not None:
             config["model"] = asdict(pipeline.model)
     return config
@@ -165,9 +167,15 @@ def _without_added(settings: Any) -> dict[str, Any]:
     return {key: value for key, value in asdict(settings).items() if key not in ADDED or value != ADDED[key]}
 
 
-def _trained_languages(pipeline: Pipeline, mixture: Mapping[str, float]) -> list[str]:
-    """Return the languages of a mixture and, for the forgetting, the study's source language."""
-    names = {name.partition(".")[0] for name in mixture}
+def trained_languages(pipeline: Pipeline, stage: TrainStage) -> set[str]:
+    """Return the languages of what a training reads, replay included."""
+    steps = merged_training(pipeline, stage).steps
+    return {name.partition(".")[0] for name in corpora_of(stage.data, pipeline.mixtures, steps=steps)}
+
+
+def _scored_languages(pipeline: Pipeline, stage: TrainStage) -> list[str]:
+    """Return the languages of a training and, for the forgetting, the study's source language."""
+    names = trained_languages(pipeline, stage)
     if pipeline.study is not None:
         names.add(pipeline.study.source_language)
     return [language for language in pipeline.corpora if language in names]

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.files import disk_errors, read_json, write_json
+from growmerge import rules_mixture
 from growmerge.config import Marks, load_file
 from growmerge.schema_train import TrainConfig
 from growmerge.tasks import WITHOUT_RESULT
-from parallel.errors import InputError
+from parallel.errors import InputError, one_of
 
 RUN = "run.json"
 """What a run's folder says of itself: its configuration, and whether it is finished."""
@@ -50,9 +51,9 @@ def load(path: Path) -> tuple[TrainConfig, Marks]:
     if config.training.steps is None:
         raise marks.error("training", "`steps` is missing")
     if config.data.mixture not in config.mixtures:
-        from parallel.errors import one_of
-
         raise marks.error("data.mixture", one_of("mixture", config.data.mixture, config.mixtures))
+    for key, problem in rules_mixture.named(config.mixtures):
+        raise marks.error(key, problem)
     if config.grow is not None and config.branch is not None:
         raise marks.error("grow", "a branch goes on with the model as it is")
     return config, marks

@@ -23,6 +23,8 @@ class HostBuffers:
 
     def __init__(self) -> None:
         self._chunks: list[torch.Tensor] = []
+        # Each thread has a device of its own, at first 0; pinned memory belongs to a rank's.
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._chunk = 0
         self._used = 0
 
@@ -34,7 +36,7 @@ class HostBuffers:
     def reserve(self, count: int) -> None:
         """Take so many bytes of memory and touch every page of them."""
         if count > 0:
-            self._chunks.append(_faulted(count))
+            self._chunks.append(_faulted(count, self._device))
 
     def rewind(self) -> None:
         """Let the next save begin at the start; what was copied before is overwritten."""
@@ -82,15 +84,14 @@ class HostBuffers:
         return own.view(tensor.shape).requires_grad_(tensor.requires_grad)
 
 
-def _faulted(count: int) -> torch.Tensor:
-    if torch.cuda.is_available():
-        chunk = torch.empty(count, dtype=torch.uint8, pin_memory=True)
-    else:
-        memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)  # a fault for 2 MiB instead of 512: a quarter of the time
-        chunk = torch.frombuffer(memory, dtype=torch.uint8)
-    return chunk.zero_()
+def _faulted(count: int, device: int | None) -> torch.Tensor:
+    if device is not None:
+        with torch.cuda.device(device):
+            return torch.empty(count, dtype=torch.uint8, pin_memory=True).zero_()
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)  # a fault for 2 MiB instead of 512: a quarter of the time
+    return torch.frombuffer(memory, dtype=torch.uint8).zero_()
 
 
 def _room(tensor: torch.Tensor) -> int:

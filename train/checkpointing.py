@@ -1,27 +1,23 @@
-"""Our checkpoint engine for DeepSpeed: shards synced, the manifest last, then the pointer; loads served from a Source.
+"""Our checkpoint engine for DeepSpeed: shards synced, the manifest last, then the pointer.
 
 DeepSpeed's own engines write `latest` before all shards exist and unpickle freely (reference: DeepSpeed 0.19,
 engine.py). This one is set on the running engine and gets create, save, save, commit for every checkpoint.
 """
 
-import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from checkpoint import manifest
 from checkpoint.files import write_bytes
-from checkpoint.shard import STATE_SLOTS, Topology, numel, part_size, read_shard
-from checkpoint.source import Source
+from checkpoint.shard import STATE_SLOTS, Topology, numel, part_size
 from parallel.errors import InputError
-from parallel.mesh import Mesh
 from parallel.ranks import Ranks
 from train.parts import POINTER, delete
 from train.saver import PATIENCE_S, Outcome, Saver
@@ -44,7 +40,6 @@ class ShardEngine(CheckpointEngine):
         self,
         topology: Topology | None,
         ranks: Ranks,
-        mesh: Mesh | None = None,
         *,
         background: bool = False,
         expected: int | None = None,
@@ -71,9 +66,6 @@ class ShardEngine(CheckpointEngine):
         """Small files of a checkpoint that this rank alone has; no other may have one of the same name."""
         self._topology = topology
         self._ranks = ranks
-        self._mesh = mesh or Mesh()
-        self._source: Source | None = None
-        self._engine: Any = None
         self._weights_cut = False
         if expected is None:
             expected = 0 if topology is None else shard_bytes(topology)
@@ -86,26 +78,15 @@ class ShardEngine(CheckpointEngine):
         )
 
     def attach(self, engine: Any) -> None:
-        """Set this on DeepSpeed's engine, which then saves and loads through it."""
+        """Set this on DeepSpeed's engine, which is filled already and then saves through it."""
         engine.checkpoint_engine = self
         engine._copy_recovery_script = lambda *_: None
         self._weights_cut = engine.zero_optimization_partition_weights()
         if self._weights_cut:
-            # Before a save and a load DeepSpeed cuts the parameters that every rank holds whole, and gathers them anew
-            # after it. A load needs that; a save needs none of it, and it took twice as long as copying.
-            optimizer = engine.optimizer
-            before, after = optimizer.checkpoint_event_prologue, optimizer.checkpoint_event_epilogue
-            optimizer.checkpoint_event_prologue = lambda: before() if self._source is not None else None
-            optimizer.checkpoint_event_epilogue = lambda: after() if self._source is not None else None
-
-    @contextlib.contextmanager
-    def serving(self, source: Source, engine: Any) -> Iterator[None]:
-        """Let DeepSpeed's next load come from a source instead of files."""
-        self._source, self._engine = source, engine
-        try:
-            yield
-        finally:
-            self._source = self._engine = None
+            # Around a save DeepSpeed cuts the parameters that every rank holds whole, and gathers them anew. A save
+            # needs none of it, and it took twice as long as copying.
+            engine.optimizer.checkpoint_event_prologue = lambda: None
+            engine.optimizer.checkpoint_event_epilogue = lambda: None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Do nothing: `create` makes the one folder, and an error of one rank alone would leave the others waiting."""
@@ -141,59 +122,8 @@ class ShardEngine(CheckpointEngine):
         return self.saver.finished()
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Return what DeepSpeed would have found in the file, made from the source for this rank."""
-        assert self._source is not None and self._engine is not None, "a load outside serving()"
-        if "optim_states" not in Path(path).name:
-            return self._model_states()
-        return {"optimizer_state_dict": self._optim_states()}
-
-    def _model_states(self) -> dict[str, Any]:
-        source, engine = self._source, self._engine
-        assert source is not None and self._topology is not None
-        return {
-            "module": {name: torch.empty(0) for name in engine.module.state_dict()},
-            "dp_world_size": self._topology.ranks,
-            "mp_world_size": self._mesh.tp,
-            "global_steps": source.run.step,
-            "global_samples": source.run.samples,
-            "skipped_steps": 0,
-            "lr_scheduler": None,
-            "optimizer": None,
-            "frozen_param_shapes": {},
-            "frozen_param_fragments": {},
-            "buffer_names": [],
-        }
-
-    def _optim_states(self) -> dict[str, Any]:
-        source, optimizer = self._source, self._engine.optimizer
-        assert source is not None and self._topology is not None
-        # Ranks that share a sequence share the parameters' parts, too: only tensor parallelism repeats them.
-        shards = read_shard(source, self._topology, self._ranks.rank // self._mesh.tp)
-        state = {}
-        groups = {
-            group["name"]: {**{key: value for key, value in group.items() if key != "params"}, "params": []}
-            for group in optimizer.param_groups
-        }
-        for index, (sub_group, flat) in enumerate(zip(self._topology.sub_groups, shards, strict=True)):
-            # By the tensors' own groups: a checkpoint of another tool may call its groups otherwise, and one that was
-            # not trained there has taken no steps.
-            names = {source.infos[name].group for name, _ in sub_group.tensors}
-            step = max(source.groups[name].step if name in source.groups else 0 for name in names)
-            state[index] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": flat["exp_avg"],
-                "exp_avg_sq": flat["exp_avg_sq"],
-            }
-            groups[sub_group.group]["params"].append(index)
-        return {
-            "zero_stage": 3,
-            "loss_scaler": optimizer.loss_scaler,
-            "dynamic_loss_scale": optimizer.dynamic_loss_scale,
-            "overflow": False,
-            "partition_count": optimizer.partition_count,
-            "optimizer_state_dict": {"state": state, "param_groups": list(groups.values())},
-            "fp32_flat_groups": [flat["master"] for flat in shards],
-        }
+        """Refuse: a live engine is filled from a Source (`train.fill`), and nothing unpickles for it."""
+        raise AssertionError(f"{path}: DeepSpeed was asked to load it")
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: a stock transformers model under ZeRO 0 to 3, started, grown and resumed from a Source.
 
-DeepSpeed loads what our checkpoint engine hands it, and that comes from a Source: a saved run of any topology, a
-Hugging Face folder, a grown or merged model, or a model from scratch.
+Each rank fills its part from the Source itself (`train.fill`): a saved run of any topology, a Hugging Face folder, a
+grown or merged model, or a model from scratch.
 """
 
 import logging
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,12 +19,13 @@ from checkpoint.source import Source
 from checkpoint.tensor_parallel import cuts_of, piece_of
 from checkpoint.zero_files import PARAMETER_NAMES
 from parallel.errors import InputError
+from parallel.memory import give_back_freed
 from parallel.mesh import Mesh, check_model
 from parallel.ranks import Ranks, Readers, device, readers
 from train.batch import Batch, count_tokens
 from train.build import build_model, parameter_groups, partition_config
 from train.checkpointing import ShardEngine
-from train.fill import check_names, fill_partitions, fill_plain
+from train.fill import check_names, fill_partitions, fill_plain, fill_zero3
 from train.norms import Keep, watch_norms
 from train.saver import Outcome
 from train.sequence import SequenceParallel
@@ -35,6 +35,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 PERSISTENT = 10**6
 """Tensors of up to so many elements stay whole on every rank; fetching them anew for each layer costs more."""
+
+BUCKET = 5 * 10**7
+"""Gradient elements reduced at once. DeepSpeed's default, ten times that, is a buffer of a gigabyte or two on each
+rank."""
+SUB_GROUP = 5 * 10**7
+"""Elements that a step works on at once: what Adam computes in between takes three times as much float32."""
+
+LIVE = 10**8
+"""Elements of gathered weights that stay for the backward pass on a CPU, whose memory all ranks share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +112,13 @@ def import_deepspeed() -> Any:
 def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
     """Return DeepSpeed's own configuration."""
     zero: dict[str, Any] = {"stage": config.zero}
+    if config.zero:
+        zero["reduce_bucket_size"] = BUCKET
     if config.zero == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT
+        zero["sub_group_size"] = SUB_GROUP
+        if not torch.cuda.is_available():
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     bf16: dict[str, Any] = {"enabled": config.precision == "bfloat16"}
@@ -141,7 +155,7 @@ def _gather_at_once(persistent: list[Any]) -> None:
 
 
 def apply_settings(optimizer: Any, config: EngineConfig) -> None:
-    """Set what DeepSpeed's load may have overwritten: this run's settings of every group."""
+    """Set this run's settings of every group."""
     for group in optimizer.param_groups:
         decayed = group["name"].partition("/")[0] == "decay"
         group["betas"], group["eps"] = config.betas, config.eps * group["eps_factor"]
@@ -194,18 +208,18 @@ class Engine:
             dynamics=config.dynamics,
             decay_embeddings=config.decay_embeddings,
         )
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         mpu = self._sequence.mpu if self._sequence else None
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
         self._engine = engine
         self.topology = self._live_topology() if config.zero == 3 else None
-        self._shards = ShardEngine(self.topology, ranks, self.mesh, **saving)
-        engine.checkpoint_engine = self._shards
-        engine._copy_recovery_script = lambda *_: None
+        self._shards = ShardEngine(self.topology, ranks, **saving)
         if config.zero == 3:
             _gather_at_once(engine.optimizer.persistent_parameters)
         self._norms = watch_norms(engine, config.zero)
+        give_back_freed()  # building leaves holes: of 0.7 GB by a quarter of a billion parameters
         self._load(source)
+        self._shards.attach(engine)
         if config.compile:
             engine.compile()
 
@@ -238,26 +252,13 @@ class Engine:
         optimizer = self._engine.optimizer
         if self.topology is not None:
             check_names(source, {name: shape for group in self.topology.sub_groups for name, shape in group.tensors})
-            self._serve(source)
+            fill_zero3(optimizer, self.topology, source, self.ranks.rank // self.mesh.tp)
         else:
             names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
             check_names(source, {name: tuple(parameter.shape) for parameter, name in names.items()})
             (fill_partitions if self.config.zero else fill_plain)(optimizer, names, source)
-            self._engine.global_steps, self._engine.global_samples = source.run.step, source.run.samples
+        self._engine.global_steps, self._engine.global_samples = source.run.step, source.run.samples
         apply_settings(optimizer, self.config)
-
-    def _serve(self, source: Source) -> None:
-        with TemporaryDirectory() as temporary, self._shards.serving(source, self._engine):
-            tag = "start"
-            folder = Path(temporary) / tag
-            folder.mkdir()
-            # DeepSpeed looks for its files before it asks for their content.
-            for path in (self._engine._get_ckpt_name(temporary, tag), self._engine._get_zero_ckpt_name(temporary, tag)):
-                mine = f"mp_rank_{self.mesh.tensor_rank(self.ranks.rank):02d}"
-                for rank in range(self.mesh.tp):
-                    Path(path.replace(mine, f"mp_rank_{rank:02d}")).touch()
-            loaded, _ = self._engine.load_checkpoint(temporary, tag=tag)
-        assert loaded is not None, "DeepSpeed found no checkpoint where one was served"
 
     def step(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from checkpoint.open import open_checkpoint
 from checkpoint.source import NewRun, Source, WithoutState
 from parallel.errors import InputError
 from parallel.faults import point
+from parallel.memory import available_memory
 from parallel.ranks import Ranks
 from train import alarms, guard, measure
 from train.batch import Batch, SampleAt, batch_of
@@ -150,7 +152,7 @@ class _Run:
             source,
             self.plan.engine(self.mesh),
             self.ranks,
-            background=True,
+            background=self._in_background(source),
             keep=self.plan.keep,
             every=self.plan.keep_every,
         )
@@ -166,6 +168,17 @@ class _Run:
         self.engine.close()
         self.ranks.barrier()
         return result
+
+    def _in_background(self, source: Source) -> bool:
+        """Return whether saves are copied first: where that is left open, if all nodes have the memory for it."""
+        if self.plan.saves != "auto":
+            return self.plan.saves == "background"
+        elements = sum(math.prod(info.shape) for info in source.infos.values() if info.tied_to is None)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world_size))
+        mine = local / self.ranks.world_size * elements * 4 * 3  # master and two moments, in float32
+        # What the run itself will take in this memory, without GPUs, is weights, gradients and the same once more.
+        taken = 0.0 if torch.cuda.is_available() else mine * 5 / 3
+        return all(self.ranks.gather(mine < 0.5 * (available_memory() - taken)))
 
     def _rates(self, branch_from: Path | None) -> Schedule:
         plan, rates = self.plan, self.plan.rates
@@ -326,8 +339,9 @@ class _Run:
         for outcome in outcomes:
             if outcome.complete:
                 self._last_save = outcome.record
-            elif self.ranks.first:
-                self.report({"event": "warning", "text": f"not saved: {outcome.error}"})
+            if outcome.error is not None and self.ranks.first:
+                what = "saved, but" if outcome.complete else "not saved:"
+                self.report({"event": "warning", "text": f"{what} {outcome.error}"})
         if final and outcomes and not outcomes[-1].complete:
             raise InputError(str(outcomes[-1].error))
 

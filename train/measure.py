@@ -5,7 +5,6 @@ Letters: B batch, T tokens, L languages.
 """
 
 import math
-import re
 import resource
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,77 +13,11 @@ import torch
 
 from parallel.errors import InputError
 from parallel.families import NORMS, Tensor, family_of
+from parallel.gpus import PEAK_FLOPS as PEAK_FLOPS
+from parallel.gpus import peak_flops as peak_flops
+from parallel.timing import flops_per_token as flops_per_token
 from upscale.factors import AxisGrowth, Recipe, axis_growths
 from upscale.verify import clone_asymmetry
-
-PEAK_FLOPS: dict[str, float] = {
-    "B300": 2250e12,
-    "B200": 2250e12,
-    "GB300": 2500e12,
-    "GB200": 2500e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "H100": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "MI355X": 2500e12,
-    "MI325X": 1307e12,
-    "MI300X": 1307e12,
-    "MI300A": 980e12,
-    "MI250X": 191.5e12,
-    "MI250": 181e12,
-    "MI210": 181e12,
-}
-"""Peak FLOP/s of a device in bfloat16 with dense matrices, by the words of its name (the vendors' data sheets; where
-those give the rate with 2:4 sparsity alone, half of it). Both dies of an MI250X have 383e12, but each is a device."""
-
-
-def peak_flops(name: str | None) -> float | None:
-    """Return the peak FLOP/s of a device by what `torch.cuda.get_device_name()` calls it; None if it is not known.
-
-    Args:
-        name: None for a CPU, whose peak is not known.
-    """
-    words = set(re.split(r"[^A-Za-z0-9]+", name or ""))
-    fitting = [key for key in PEAK_FLOPS if set(key.split()) <= words]
-    return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
-
-
-def flops_per_token(config: Mapping[str, Any], sequence_length: int) -> float:
-    """Return the FLOPs of a token's forward and backward pass: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
-
-    N counts the parameters that a token is multiplied with: the head is among them, also where it is the embedding, and
-    the look-up in the embedding is not. L layers, H heads of size Q, T the tokens that attention spans: the sequence,
-    or in a layer with a sliding window no more than the window. As in the paper no half is taken off for the causal
-    mask, and what recomputing activations costs is not counted.
-    """
-    family = family_of(config)
-    tensors = family.tensors(config).values()
-    multiplied = sum(math.prod(tensor.shape) for tensor in tensors if tensor.kind != "embedding")
-    spans = sum(min(sequence_length, window or sequence_length) for window in _windows(config))
-    return 6.0 * multiplied + 12.0 * family.axes(config)["q"] * spans
-
-
-def _windows(config: Mapping[str, Any]) -> list[int | None]:
-    """Return each layer's sliding window (tokens), None where it attends to all."""
-    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
-    kinds = config.get("layer_types")
-    if kinds:
-        return [window if kind == "sliding_attention" else None for kind in kinds]
-    # Mistral alone has one without naming its layers' kinds; Qwen's configs hold windows that are not used.
-    return [window if family_of(config).name == "mistral" else None] * layers
 
 
 def speed(

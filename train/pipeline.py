@@ -178,12 +178,11 @@ class PipelineEngine:
             dynamics=config.dynamics,
             decay_embeddings=config.decay_embeddings,
         )
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
         self._engine = engine
-        self._shards = ShardEngine(None, ranks, self.mesh, **saving)
-        engine.checkpoint_engine = self._shards
-        engine._copy_recovery_script = lambda *_: None
+        self._shards = ShardEngine(None, ranks, **saving)
+        self._shards.attach(engine)
         self._norms = watch_norms(engine, config.zero)
         check_names(source, {name: tuple(parameter.shape) for name, parameter in named.items()})
         fill_partitions(engine.optimizer, {parameter: name for name, parameter in named.items()}, source)

@@ -36,6 +36,7 @@ class RunPlan:
     checkpoint_every: int
     keep: int = 2
     keep_every: int | None = None
+    saves: str = "auto"
     evaluate_every: int
     alarms: Mapping[str, str | float] = field(default_factory=dict)
     dynamics: str = "free"
@@ -43,7 +44,7 @@ class RunPlan:
     tp: int = 1
     sp: int = 1
     pp: int = 1
-    offload: bool = False
+    offload: str = "none"
     recompute: bool = False
     compile: bool = False
     skip_sigma: float = 6.0
@@ -85,7 +86,8 @@ class RunPlan:
         """Return what the engine is asked for."""
         micro, passes = self.batching(mesh.dp)
         same: dict[str, Any] = {name: getattr(self, name) for name in SAME}
-        return EngineConfig(micro_batch=micro, accumulation=passes, mesh=mesh, **same)
+        offload = self.offload == "cpu"
+        return EngineConfig(micro_batch=micro, accumulation=passes, mesh=mesh, offload=offload, **same)
 
     def evaluates_at(self, step: int, last: int) -> bool:
         inside = self.evaluate_every > 0 and step % self.evaluate_every == 0
@@ -97,6 +99,6 @@ class RunPlan:
 
 SAME = (
     *("lr", "betas", "eps", "weight_decay", "clip", "precision", "dynamics", "decay_embeddings"),
-    *("zero", "sequence_length", "offload", "recompute", "compile"),
+    *("zero", "sequence_length", "recompute", "compile"),
 )
 """Fields of the engine's config that a plan has by the same name."""

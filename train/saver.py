@@ -33,13 +33,13 @@ class Outcome:
     complete: bool
     """Whether the checkpoint is there."""
     error: str | None
-    """One line that says what went wrong."""
+    """One line that says what went wrong; of a complete one, in deleting older ones."""
     blocked_s: float = 0.0
-    """Seconds that the save kept training waiting; of all ranks the longest, as below."""
+    """Seconds that training stood still for it, to copy; of all ranks the longest, as below."""
     waited_s: float = 0.0
-    """Seconds that training waited for the writing to end, when it wanted to know how the save ended."""
+    """Seconds that training stood still later, until the writing had ended."""
     written_s: float = 0.0
-    """Seconds from then on until all was written."""
+    """Seconds that the writing took, until the pointer was moved."""
     bytes: int = 0
     """Of all ranks' shards."""
 
@@ -53,6 +53,7 @@ class Outcome:
 class _Save:
     """A save under way, as one rank sees it."""
 
+    number: int
     folder: Path
     part: Part
     refused: str | None = None
@@ -99,7 +100,8 @@ class Saver:
         self._size = expected * ranks.world_size
         self._save: _Save | None = None
         self._pending: _Save | None = None
-        self._outcomes: list[Outcome] = []
+        self._begun = 0
+        self._outcomes: dict[int, Outcome] = {}
         count = expected if background else 0
         self._faulting = threading.Thread(target=_attempt, args=(self.buffers.reserve, count), daemon=True)
         self._faulting.start()
@@ -116,7 +118,8 @@ class Saver:
             token, refused = self._ranks.broadcast(self._prepare(folder) if self._ranks.first else None)
         else:
             token, refused = "", f"{folder}: not saved, as {self._pending.folder.name} is still being written"
-        self._save = _Save(folder=folder, part=Part(save=token), refused=refused)
+        self._begun += 1
+        self._save = _Save(number=self._begun, folder=folder, part=Part(save=token), refused=refused)
         self._save.blocked_s = time.perf_counter() - began
         if refused is not None and not self.background:
             raise InputError(refused)
@@ -163,7 +166,7 @@ class Saver:
         save, self._save = self._save, None
         assert save is not None, "commit without begin"
         if save.refused is not None:
-            self._outcomes.append(Outcome(folder=save.folder, complete=False, error=save.refused))
+            self._outcomes[save.number] = Outcome(folder=save.folder, complete=False, error=save.refused)
             return
         self._pending = save
         if self.background:
@@ -173,9 +176,9 @@ class Saver:
         began = time.perf_counter()
         self._finish(save, files, own)
         save.blocked_s += time.perf_counter() - began
-        for outcome in self.settle():
-            if outcome.error is not None:
-                raise InputError(outcome.error)
+        self._settle()
+        if not self._outcomes[save.number].complete:
+            raise InputError(str(self._outcomes.pop(save.number).error))
 
     def finished(self) -> Outcome | None:
         """Return how this rank's part of a save ended, on rank 0 the whole save, once it has; all ranks settle it."""
@@ -193,14 +196,14 @@ class Saver:
         )
 
     def settle(self) -> list[Outcome]:
-        """Wait for the save under way, if there is one, and return how each save ended since the last call.
+        """Wait for the save under way, if there is one, and return how each save ended since the last call, in order.
 
         All ranks get the same. A save is waited for `patience_s` in all; one that takes longer is told of as an error,
         and again when it ends.
         """
         self._settle()
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+        outcomes, self._outcomes = self._outcomes, {}
+        return [outcome for _, outcome in sorted(outcomes.items())]
 
     def close(self) -> None:
         """Give the buffers back; call `settle` before, if it matters how the last save ends."""
@@ -223,11 +226,10 @@ class Saver:
         late = [str(rank) for rank, view in enumerate(views) if view is None]
         if late:
             error = f"{save.folder}: rank {', '.join(late[:8])} still writing after {self._patience_s:g} s"
-            self._outcomes.append(Outcome(folder=save.folder, complete=False, error=error))
+            self._outcomes[save.number] = Outcome(folder=save.folder, complete=False, error=error)
             return
         self._pending = None
-        outcome = _agreed(views)
-        self._outcomes.append(outcome)
+        outcome = self._outcomes[save.number] = _agreed(views)
         if outcome.complete:
             self._size = outcome.bytes
         elif self._ranks.first:

@@ -168,7 +168,10 @@ def no_moments(state):
         (change(LAST, less_groups), f"{LAST}: has 2 parameter groups, not 3"),
         (change(LAST, no_moments), f"{LAST}: group decay has master; rank 0 has other slots"),
         (change(LAST, dict.clear), f"{LAST}: not the optimizer file of a ZeRO-1 or ZeRO-2 run"),
-        (change(MODEL, lambda state: state.update(mp_world_size=2)), "written with tensor parallelism 2"),
+        (
+            change(MODEL, lambda state: state.update(mp_world_size=2)),
+            "mp_rank_01_model_states.pt: missing (the run had 2 model-parallel ranks)",
+        ),
         (change(MODEL, lambda state: state.update(param_shapes=None)), f"{MODEL}: no param_shapes"),
         (change(MODEL, lambda state: state.pop("global_steps")), f"{MODEL}: no global_steps"),
         (change(MODEL, lambda state: state["param_shapes"].pop()), f"{MODEL}: its parameter groups are not those of"),

@@ -167,6 +167,48 @@ ERRORS = [
         "{swd: 0.9",
         "23: mixtures.swe.swd: language without text: unknown corpus 'swd': allowed are *'swe'?",
     ),
+    # long mixtures
+    (
+        "{eng.first: 1}",
+        "{sampling: weights, weights: {eng.frist: 1}}",
+        "22: mixtures.english.weights.eng.frist: unknown corpus 'eng.frist': allowed are eng, eng.first,*'eng.first'?",
+    ),
+    (
+        "{eng.first: 1}",
+        "{sampling: temperature, temperature: 2, corpora: [eng, est]}",
+        "22: mixtures.english.corpora.1: unknown corpus 'est': allowed are *",
+    ),
+    (
+        "{eng.first: 1}",
+        "{sampling: weights, weights: {swe: 1}, replay: [{corpus: eng.rst, share: 0.1}]}",
+        "22: mixtures.english.replay.0.corpus: unknown corpus 'eng.rst': allowed are *'eng.rest'?",
+    ),
+    ("{eng.first: 1}", "{sampling: unimax, corpora: [eng]}", "22: mixtures.english: unimax needs `budget_characters`"),
+    (
+        "{eng.first: 1}",
+        "{part_of: sve, corpora: [swe]}",
+        "22: mixtures.english.part_of: unknown mixture 'sve': allowed are english, swe; did you mean 'swe'?",
+    ),
+    (
+        "{eng.first: 1}",
+        "{part_of: swe, corpora: [swe, eng.first]}",
+        "22: mixtures.english.corpora.1: unknown corpus of swe 'eng.first': allowed are swe, eng.rest;*",
+    ),
+    (
+        "{eng.first: 1}",
+        "{part_of: english, corpora: [swe]}",
+        "22: mixtures.english.part_of: english is a part itself: name a mixture that is not",
+    ),
+    (
+        "{eng.first: 1}",
+        "{stages: [{from_step: 0, mixture: swe}, {from_step: 3, mixture: sew}]}",
+        "22: mixtures.english.stages.1.mixture: unknown mixture 'sew': allowed are english, swe; did you mean 'swe'?",
+    ),
+    (
+        "{eng.first: 1}",
+        "{stages: [{from_step: 0, mixture: english}]}",
+        "22: mixtures.english.stages.0.mixture: english is in stages itself: name a mixture that is not",
+    ),
     # the stage
     (
         "width: 2}",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pipeline_files import change, load, write
+from pipeline_files import SMALL, change, load, write
 from test_config import matches
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -197,6 +197,37 @@ def test_the_table_names_every_stage_in_order_and_cuts_nothing(capsys: pytest.Ca
     assert row.split()[:9] == ["seed", "train", "scratch", "on", "english-first", "492k", *costs]
     total = sum(nodes[name].stage.training["steps"] for name in nodes if nodes[name].verb == "train")
     assert "…" not in text and "20 stages" in text and f"{total * 1.024e-3:.2f}M" in text
+
+
+def test_long_mixtures_are_said_in_words_and_their_epochs_are_not_guessed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = """\
+  english: {eng.first: 1}
+  both:
+    sampling: unimax
+    corpora: [swe, eng.first]
+    budget_characters: 1e6
+    max_epochs: 4
+    replay: [{corpus: eng.rest, share: 0.5}]
+  part: {part_of: both, corpora: [swe]}
+  unused: {sampling: temperature, temperature: 2, corpora: [swe]}
+  swe: {stages: [{from_step: 0, mixture: english}, {from_step: 4, mixture: part}]}
+"""
+    text = change("  english: {eng.first: 1}\n  swe: {swe: 0.9, eng.rest: 0.1}\n", long)
+    short = plan(*load(write(tmp_path, SMALL)), base=tmp_path)
+    pipeline, nodes = load(write(tmp_path, change("      data: english", "      data: swe", text)))
+    found = plan(pipeline, nodes, base=tmp_path)
+    assert [(stage.steps, stage.tokens) for stage in found] == [(stage.steps, stage.tokens) for stage in short]
+    print_plan(found, pipeline)
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("Mixtures, whose epochs are unknown before the text is there and tokenised:")
+    assert lines[at + 1 : at + 4] == [
+        "  swe: english from step 0, part from step 4",
+        "  part: swe of both",
+        "  both: unimax of swe, eng.first, with replay of eng.rest",
+    ]
+    assert lines[at + 4].startswith("Modelled on")
 
 
 def test_a_long_name_widens_the_table_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,9 @@ from checkpoint import manifest
 
 POINTS = [
     "step/3",  # in a step, before the first checkpoint
+    "save/model/0",  # after a rank's first shard
     "save/optim/1",  # after a shard
+    "save/part/0",  # when a rank's shards are on disk, before the others'
     "save/manifest",  # before the manifest
     "save/pointer",  # before the pointer
     "write/model.safetensors",  # after a shard of the exported model

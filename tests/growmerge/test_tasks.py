@@ -104,3 +104,73 @@ def test_the_original_that_untranslated_text_is_compared_with_counts_as_text(tmp
     before = tasks(tmp_path, text)
     (tmp_path / "json" / "en.json").write_text('{"a": "quite a few more words"}')
     assert "text" in differing(before, tasks(tmp_path, text))
+
+
+LONG = PIPELINE.replace(
+    "  swe: {swe: 0.9, eng.first: 0.1}\n  est: {est: 0.9, eng.first: 0.1}\n",
+    """\
+  joint:
+    sampling: unimax
+    corpora: [swe, est]
+    budget_characters: 1e5
+    max_epochs: 4
+    replay: [{corpus: eng.first, share: 0.2, scale_by: tokens}]
+  swe: {part_of: joint, corpora: [swe]}
+  late: {sampling: weights, weights: {est: 0.9, eng.first: 0.1}}
+  est: {stages: [{from_step: 0, mixture: rest}, {from_step: 4, mixture: late}]}
+  unused: {sampling: temperature, temperature: 2, corpora: [swe, est]}
+""",
+)
+"""The toy pipeline with long mixtures, one of each kind."""
+OF_SWE = {"1x-swe", "2x-swe", *MERGES}
+OF_EST = {"1x-est", "2x-est", *MERGES}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "models"),
+    [
+        ("temperature: 2", "temperature: 3", set()),
+        ("max_epochs: 4", "max_epochs: 5", OF_SWE),
+        ("share: 0.2", "share: 0.3", OF_SWE),
+        ("corpora: [swe, est]\n    budget", "corpora: [est, swe]\n    budget", OF_SWE),
+        ("weights: {est: 0.9", "weights: {est: 0.8", OF_EST),
+        ("weights: {est: 0.9, eng.first: 0.1}", "weights: {eng.first: 0.1, est: 0.9}", OF_EST),
+        ("from_step: 4", "from_step: 5", OF_EST),
+        # A short form within a long one is its long form.
+        ("{sampling: weights, weights: {est: 0.9, eng.first: 0.1}}", "{est: 0.9, eng.first: 0.1}", set()),
+        ("rest: {eng.rest: 1}", "rest: {eng.rest: 2}", MODELS - {"seed", "seed-2x"}),
+        ("scale_by: tokens", "scale_by: tokens, epochs: {}", set()),
+    ],
+)
+def test_a_long_mixture_concerns_what_refers_to_it(tmp_path: Path, old: str, new: str, models: set[str]) -> None:
+    write_toy(tmp_path)
+    assert LONG.count(old) == 1
+    changed = differing(tasks(tmp_path, LONG), tasks(tmp_path, LONG.replace(old, new)))
+    assert changed & MODELS == models
+    assert not changed & {"text", "tokens", "pairs", "baselines"}
+
+
+def test_a_mixture_that_is_named_otherwise_is_the_same(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    renamed = LONG.replace("joint", "all")
+    assert not differing(tasks(tmp_path, LONG), tasks(tmp_path, renamed))
+
+
+def test_a_short_mixture_stands_in_the_key_as_it_always_did(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    assert tasks(tmp_path)["1x-swe"].config["mixture"] == {"swe": 0.9, "eng.first": 0.1}
+
+
+def test_languages_are_those_that_the_mixture_reads(tmp_path: Path) -> None:
+    """Replay and stages count, but not what begins after the end, or what replay leaves out."""
+    write_toy(tmp_path)
+    text = LONG.replace(STUDY, "")
+
+    def languages(changed: str) -> tuple[list[str], list[str]]:
+        found = tasks(tmp_path, changed)
+        swe, est = found["1x-swe"].config["evaluation"], found["1x-est"].config["evaluation"]
+        return swe["languages"], est["languages"]
+
+    assert languages(text) == (["eng", "swe"], ["eng", "est"])
+    without = text.replace("share: 0.2", "share: 0.2, shares: {swe: 0}").replace("from_step: 4", "from_step: 8")
+    assert languages(without) == (["swe"], ["eng"])

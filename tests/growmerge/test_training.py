@@ -161,6 +161,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on_to_the_same_end(who
     assert losses(folder) == losses(whole)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_its_ranks(home):
     path = write(home, "launched", steps="3", evaluate_every="0")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--standalone"]
@@ -178,6 +179,7 @@ def test_torchrun_starts_its_ranks(home):
     assert (home / "runs" / "launched" / "model" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_branch_decays_from_the_stable_phase(whole, home):
     """WSD with the same decay from the same step is the same run, so the branch has to end where the whole one did."""
     path = write(home, "stable", schedule="constant", keep_every="4")
@@ -223,6 +225,12 @@ def test_an_alarm_stops_or_branches(home):
         ("steps: 12", "steps: 12\n  tp: 2\n  sp: 2", "cannot be combined: use tp: 4 with sp: 1"),
         ("steps: 12", "steps: 12\n  tp: 3", "tp 3 x sp 1 x pp 1 = 3 does not divide the 2 ranks"),
         ("{eng: 0.3, swe: 0.7}", "{eng: 0.3, swf: 0.7}", "swf"),
+        (
+            "{both: {eng: 0.3, swe: 0.7}}",
+            "{both: {part_of: al, corpora: [eng]}, all: {eng: 1}}",
+            "unknown mixture 'al'",
+        ),
+        ("steps: 12", "steps: 12\n  offload: nvme", "try.yaml:10: training.offload: nvme is not supported"),
         ("tokenizer: tokenizer", "tokenizer: elsewhere", "elsewhere: holds no tokenizer.json"),
     ],
 )

@@ -98,9 +98,9 @@ def killed_at(ranks, folder, point, marker):
 
 
 def dies(ranks, folder, marker):
-    saver = Saver(ranks, background=True, patience_s=1)
-    write(saver, ranks, folder, 1)
-    saver.settle()
+    patient, saver = Saver(ranks, background=True), Saver(ranks, background=True, patience_s=1)
+    write(patient, ranks, folder, 1)
+    patient.settle()
     os.environ[faults.VARIABLE] = f"{marker}:save/optim/1"
     write(saver, ranks, folder, 2)
     if ranks.rank == 1:
@@ -120,18 +120,18 @@ def slow(ranks, folder):
             write_shard(state, path, part)
 
         saver_module.write_shard = late
-    saver = Saver(ranks, background=True, patience_s=0.5)
-    write(saver, ranks, folder, 1)
-    saver.settle()
+    patient, saver = Saver(ranks, background=True), Saver(ranks, background=True, patience_s=0.5)
+    write(patient, ranks, folder, 1)
+    patient.settle()
     write(saver, ranks, folder, 2)
-    write(saver, ranks, folder, 3)  # finds the buffers of rank 1 in use
     told = saver.settle()
-    while ranks.rank == 1 and saver.finished() is None:
+    write(saver, ranks, folder, 3)  # finds the buffers of rank 1 in use
+    while saver.finished() is None:
         time.sleep(0.01)
     ranks.barrier()
     told += saver.settle()
-    write(saver, ranks, folder, 4)
-    told += saver.settle()
+    write(patient, ranks, folder, 4)
+    told += patient.settle()
     return [(outcome.folder.name, outcome.complete, outcome.error) for outcome in told], saver.settle()
 
 

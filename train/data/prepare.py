@@ -36,7 +36,7 @@ from train.data.tokens import document_ends
 VERSION = 1
 """Raised when the same text and options give another result, so that an old one is not taken for it."""
 SHARD_BYTES = 1 << 25
-"""Half a minute's work, which is what a kill loses."""
+"""Some 15 seconds' work, which is what a kill loses."""
 LABELS = ("name", "edition", "rights_holder", "licence")
 """What is told of a corpus; its tokens do not depend on it."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

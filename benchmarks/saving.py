@@ -1,6 +1,6 @@
 """How long a save keeps training waiting: ours in the background against DeepSpeed's own, warm, in turn.
 
-python benchmarks/checkpoint.py [--millions 50] [--folder DIR]     # 600 MB of state on 1 and on 2 ranks
+python benchmarks/saving.py [--millions 50] [--folder DIR]     # 600 MB of state on 1 and on 2 ranks
 
 DeepSpeed's own save (TorchCheckpointEngine) writes and does not sync; ours copies, and syncs in the background. Before
 each save the disk has nothing left to write. The same steps run alone and while our save is being written.
@@ -10,7 +10,6 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,9 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-
-# This file is named like one of the rooms, and a script's own folder comes first.
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent.resolve()]
 
 ROUNDS, BATCH, LENGTH = 7, 1, 32
 EVENTS = ("checkpoint_event_prologue", "checkpoint_event_epilogue")

@@ -1,0 +1,193 @@
+"""The planner's memory is that of running engines: exactly between steps, and at the peak of a step within 10 %."""
+
+import math
+
+import pytest
+import torch
+from live_bytes import MODEL, measure, setup_of
+from tiny import on_ranks, tiny_config, tiny_model
+
+import train.engine
+from parallel import sizes as of_models
+from parallel.errors import InputError
+from parallel.gpus import GPUS, gpu_of
+from parallel.mesh import Mesh
+from parallel.planner import memory_of
+from parallel.sizes import Setup, layer_activations, sizes_of
+from parallel.timing import Cluster, flops_per_token, rate_of, ring, step_time
+
+STAGES = {
+    f"{precision} {zero}": {"zero": zero, "precision": precision}
+    for zero in (1, 2, 3)
+    for precision in ("float32", "bfloat16")
+}
+OTHERS = {
+    "float32 0": {"zero": 0, "precision": "float32"},
+    "float32 2, two passes": {"zero": 2, "precision": "float32", "accumulation": 2},
+    "3, two passes": {"accumulation": 2},
+    "1, long": {"zero": 1, "micro_batch": 4, "sequence_length": 256},
+    "2, long, two passes": {"zero": 2, "micro_batch": 4, "sequence_length": 256, "accumulation": 2},
+    "3, long": {"micro_batch": 4, "sequence_length": 256},
+    "3, long, recompute": {"micro_batch": 4, "sequence_length": 256, "recompute": True},
+    "2, offload": {"zero": 2, "offload": True},
+    "3, offload": {"offload": True},
+}
+
+
+def compare(folder, world, cases, model):
+    """Measure on real ranks, and compare with the planner's figures: on a CPU what is offloaded is there as well."""
+    variants = {name: (setup_of(**{"dp": world, **given}), model) for name, given in cases.items()}
+    ranks = on_ranks(folder, world, measure, variants)
+    for name, (setup, _) in variants.items():
+        planned = memory_of(tiny_config(**model), setup)
+        host = sum(size for term, size in planned.host.items() if term != "checkpoint buffers")
+        rest = max(found[name][0] for found in ranks)
+        peak = max(found[name][1][-1] for found in ranks)
+        low = sum(planned.rest.values()) + host - planned.host.get("gradients of a step", 0)
+        assert low == pytest.approx(rest, rel=0.01 if setup.mesh == Mesh(dp=world) else 0.05), (name, planned.rest)
+        assert planned.total + host == pytest.approx(peak, rel=0.1), (name, planned.when, planned.peak)
+
+
+SMALL = {**MODEL, "num_hidden_layers": 2, "vocab_size": 4096}
+"""9 million parameters."""
+
+
+def test_memory_is_that_of_a_running_engine(tmp_path):
+    cases = {"2": {"zero": 2}, "3, long": {"micro_batch": 2, "sequence_length": 128}}
+    compare(tmp_path, 1, cases, SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_of_every_stage_is_that_of_running_engines(tmp_path, world):
+    compare(tmp_path, world, {**STAGES, **OTHERS}, MODEL)
+
+
+@pytest.mark.slow
+def test_memory_of_other_axes_is_that_of_running_engines(tmp_path):
+    long = {"micro_batch": 4, "sequence_length": 256}
+    cases = {
+        "tp": {"mesh": Mesh(tp=2), **long},
+        "tp, 1": {"mesh": Mesh(tp=2), "zero": 1, **long},
+        "sp": {"mesh": Mesh(sp=2), **long},
+        "pp": {"mesh": Mesh(pp=2), "zero": 1, "accumulation": 4, **long},
+    }
+    compare(tmp_path, 2, cases, MODEL)
+
+
+def test_constants_are_those_of_training():
+    assert of_models.PERSISTENT == train.engine.PERSISTENT
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_elements_are_the_models(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    sizes = sizes_of(tiny_config(tie_word_embeddings=tied))
+    assert sizes.whole == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_layers_activations_are_what_autograd_saves():
+    """Saved by transformers' own layer in bfloat16, parameters and the rotary tables aside."""
+    model = tiny_model(dtype=torch.bfloat16, num_hidden_layers=2).train()
+    one = tiny_model(dtype=torch.bfloat16, num_hidden_layers=1).train()
+    tokens = 64
+
+    def saved(model):
+        storages = {}
+        outside = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in outside:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    a_layer = saved(model) - saved(one)
+    assert tokens * layer_activations(sizes_of(tiny_config()), 2) == pytest.approx(a_layer, rel=0.05)
+
+
+def test_zero_cuts_what_its_stage_says():
+    """At 64 ranks, by hand from ZeRO's paper (arXiv 1910.02054): 2 P + 2 P + 12 P, cut by stage; sums in float32."""
+    config = tiny_config(**MODEL)
+    count = sizes_of(config).whole
+    rest = {
+        zero: memory_of(config, Setup(zero=zero, mesh=Mesh(dp=64), micro_batch=1, accumulation=1, sequence_length=64))
+        for zero in (1, 2, 3)
+    }
+    share = math.ceil(count / 64)
+    assert sum(rest[1].rest.values()) == 2 * count + 4 * count + 12 * share
+    assert sum(rest[2].rest.values()) == 2 * count + 12 * share
+    held = {"reduce bucket", "whole small weights"}
+    assert sum(size for term, size in rest[3].rest.items() if term not in held) == (2 + 4 + 12) * share
+
+
+def test_tensor_parallelism_cuts_matrices_and_not_the_embedding():
+    whole, half = sizes_of(tiny_config()), sizes_of(tiny_config(), 2)
+    assert half.embedding == whole.embedding
+    norms = 2 * 32
+    assert half.layer - norms == (whole.layer - norms) // 2
+
+
+def cluster(**given):
+    gpu = gpu_of("h100")
+    plain = {"gpus_a_node": 8, "nodes": 4, "link_gb_s": 450.0, "node_link_gb_s": 400.0, "disk_gb_s": 5.0}
+    return Cluster(**{"gpu": gpu, **plain, **given})
+
+
+def test_links_by_where_a_group_lies():
+    lies = cluster(node_link_gb_s=80.0)
+    assert rate_of(lies, 8, 1) == pytest.approx(0.8 * 450e9)  # tp 8: a node
+    assert rate_of(lies, 32, 1) == pytest.approx(0.8 * 80e9)  # dp 32: one ring has the node's cards
+    assert rate_of(lies, 4, 8) == pytest.approx(0.8 * 10e9)  # dp 4 beside tp 8: eight rings share them
+    assert ring(8e9, 4, 1e9) == pytest.approx(6.0)
+    assert ring(8e9, 1, 1e9) == 0.0
+
+
+def seconds(config, lies, **given):
+    setup = Setup(**{"micro_batch": 1, "sequence_length": 4096, **given})
+    sizes = sizes_of(config, setup.mesh.tp)
+    return step_time(sizes, setup, memory_of(config, setup), lies, flops_per_token(config, 4096))
+
+
+LARGE = tiny_config(
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
+
+
+def test_compute_is_flops_by_the_sustained_rate():
+    time = seconds(LARGE, cluster(), zero=3, mesh=Mesh(dp=32), accumulation=2)
+    assert time.compute == pytest.approx(2 * 4096 * flops_per_token(LARGE, 4096) / (989e12 * 0.55))
+    again = seconds(LARGE, cluster(), zero=3, mesh=Mesh(dp=32), accumulation=2, recompute=True)
+    head = 6 * 4096 * 128256 / flops_per_token(LARGE, 4096)
+    assert again.compute / time.compute == pytest.approx(4 / 3 - head / 3)
+
+
+def test_pipelines_bubble_is_the_textbooks():
+    time = seconds(LARGE, cluster(node_link_gb_s=1e9), zero=1, mesh=Mesh(dp=8, pp=4), accumulation=12)
+    assert time.bubble / (time.bubble + time.compute) == pytest.approx(3 / (12 + 3), rel=0.01)
+
+
+def test_stage_2_reduces_every_pass_and_stage_3_beside_computing():
+    slow = cluster(node_link_gb_s=40.0)
+    one, two = (seconds(LARGE, slow, zero=zero, mesh=Mesh(dp=32), accumulation=4) for zero in (1, 2))
+    assert two.reduce == pytest.approx(4 * one.reduce)
+    assert two.gather == one.gather
+    fast = seconds(LARGE, cluster(node_link_gb_s=1e6, link_gb_s=1e6), zero=3, mesh=Mesh(dp=32), accumulation=4)
+    assert fast.gather == fast.reduce == 0.0
+    assert seconds(LARGE, slow, zero=3, mesh=Mesh(dp=32), accumulation=4).gather > 0
+
+
+def test_an_unknown_gpu_gets_the_nearest():
+    with pytest.raises(InputError) as caught:
+        gpu_of("h10O")
+    assert str(caught.value) == f"unknown GPU 'h10O': allowed are {', '.join(GPUS)}; did you mean 'H100'?"
