@@ -90,7 +90,7 @@ class Zero12Source:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """name -> shape in the files, of every tensor that lies there"""
-        return {**{name: tuple(weight.shape) for name, weight in self._weights.items()}, **self.trained}
+        return {name: tuple(weight.shape) for name, weight in self._weights.items()} or self.trained
 
     @cached_property
     def _where(self) -> dict[str, int]:
