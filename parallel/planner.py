@@ -15,8 +15,8 @@ from parallel.sizes import PERSISTENT, Setup, Sizes, layer_activations, sizes_of
 
 ALL_REDUCE = 5 * 10**8
 """Elements that ZeRO-0, and ZeRO-1 in bfloat16, reduce at once (DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE)."""
-SUB_GROUP = 10**9
-"""Elements that ZeRO-3 steps at once (sub_group_size)."""
+SUB_GROUP = 5 * 10**7
+"""Elements that ZeRO-3 steps at once; as `train.engine.SUB_GROUP`."""
 PREFETCH = 5 * 10**7
 """Elements that ZeRO-3 gathers ahead (prefetch_bucket_size)."""
 REUSE = 10**9
@@ -115,7 +115,7 @@ def _memory(sizes: Sizes, setup: Setup, stage: _Stage) -> Memory:
         "loss": _at_loss(sizes, setup, stage),
         "layer": _in_layer(sizes, setup, stage),
         "reduce": _at_reduce(sizes, setup, stage),
-        "update": _at_update(setup, stage, rest),
+        "update": _at_update(sizes, setup, stage, rest),
     }
     context = {"CUDA context": CONTEXT} if setup.cuda else {}
     when = max(phases, key=lambda name: sum(phases[name].values()))
@@ -152,7 +152,7 @@ def _rest(setup: Setup, stage: _Stage) -> dict[str, int]:
     if setup.zero == 3:
         found["gradients"] = 4 * share
         found["whole small weights"] = width * (elements - stage.apart) if setup.shards > 1 else 0
-        found["reduce bucket"] = width * setup.bucket
+        found["reduce bucket"] = setup.reduced * setup.bucket
     return found
 
 
@@ -181,8 +181,12 @@ def _gathered(setup: Setup, stage: _Stage, elements: int) -> int:
 
 def _kept(sizes: Sizes, setup: Setup, stage: _Stage) -> int:
     """Return the activations of all layers when the backward pass begins."""
-    a_layer = sizes.hidden * setup.width if setup.recompute else layer_activations(sizes, setup.width)
+    a_layer = sizes.hidden * setup.width if setup.recompute else _a_layer(sizes, setup)
     return stage.in_flight * setup.tokens * stage.layers * a_layer
+
+
+def _a_layer(sizes: Sizes, setup: Setup) -> int:
+    return layer_activations(sizes, setup.width, sequence_parallel=setup.mesh.sp > 1)
 
 
 def _at_gather(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
@@ -216,7 +220,7 @@ def _at_loss(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
 def _in_layer(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
     """Return what is held beside the rest in the backward pass of the last layer."""
     width = setup.width
-    again = layer_activations(sizes, width) if setup.recompute else 0
+    again = _a_layer(sizes, setup) if setup.recompute else 0
     inside = width * (2 * sizes.ffn + 2 * sizes.hidden)
     head = width * sizes.vocab * sizes.hidden if stage.scores and setup.zero < 2 else 0
     return {
@@ -229,17 +233,19 @@ def _in_layer(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
 
 def _bucket(setup: Setup) -> int:
     """Return the bytes of the bucket where it is made for each backward pass."""
-    return 0 if setup.zero in (0, 3) or _plain_bf16(setup) else setup.width * setup.bucket
+    return 0 if setup.zero in (0, 3) or _plain_bf16(setup) else setup.reduced * setup.bucket
 
 
 def _at_reduce(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
     """Return what is held beside the rest when the last gradients of a pass are reduced.
 
-    A tied embedding has two gradients, of the head and of the look-up, until their sum is made.
+    A tied embedding has two gradients, of the head and of the look-up, until their sum is made. A gradient larger than
+    the bucket stays where it is: with ZeRO-3 it waits there for the one before it, with ZeRO-2 those of a rank's own
+    part stay for the whole pass.
     """
     elements, width = stage.elements, setup.width
     share = -(-4 * elements // setup.shards)
-    filled = min(elements, setup.bucket)
+    large = sizes.largest if sizes.largest > setup.bucket else 0
     tied = width * sizes.embedding if sizes.tied and stage.embeds and stage.scores else 0
     if setup.zero == 0:
         return {"gradients": 4 * elements, "reduce copies": 4 * min(elements, ALL_REDUCE)}
@@ -252,13 +258,16 @@ def _at_reduce(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
             "reduce bucket": _bucket(setup),
         }
     if setup.zero == 3:
-        copies = width * filled + (-(-4 * filled // setup.shards) if width == 2 else 0)
+        twice = 2 * sizes.layer_largest if sizes.layer_largest > setup.bucket else 0
+        sent = max(min(elements, setup.bucket), large, twice)
+        copies = setup.reduced * sent + (-(-4 * sent // setup.shards) if setup.reduced == 2 else 0)
         gathered = _gathered(setup, stage, sizes.embedding + sizes.layer_apart + PREFETCH)
         return {"reduce copies": copies, "gradients": tied, "gathered weights": gathered}
+    copies = setup.reduced * max(min(elements, setup.bucket), large)
     if width == 2:
-        copies, held = width * filled + 4 * sizes.largest, share
+        copies, held = copies + 4 * sizes.largest, share + width * _larger(sizes, setup, stage) // setup.shards
     else:
-        copies, held = max(width * filled, 3 * tied), share * (1 if setup.accumulation == 1 else 2)
+        copies, held = max(copies, 3 * tied), share * (1 if setup.accumulation == 1 else 2)
     return {
         "gradients": 0 if setup.offload else held,
         "reduce copies": copies,
@@ -266,7 +275,13 @@ def _at_reduce(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
     }
 
 
-def _at_update(setup: Setup, stage: _Stage, rest: Mapping[str, int]) -> dict[str, int]:
+def _larger(sizes: Sizes, setup: Setup, stage: _Stage) -> int:
+    """Return the elements of a stage's tensors that are larger than the bucket."""
+    in_layer = sum(count for count in sizes.layer_tensors if count > setup.bucket)
+    return stage.layers * in_layer + sum(size for size in (sizes.embedding, sizes.head) if size > setup.bucket)
+
+
+def _at_update(sizes: Sizes, setup: Setup, stage: _Stage, rest: Mapping[str, int]) -> dict[str, int]:
     """Return what is held beside the rest when AdamW steps, in place: float32 gradients, flattened."""
     if setup.offload:
         return {}
@@ -277,4 +292,6 @@ def _at_update(setup: Setup, stage: _Stage, rest: Mapping[str, int]) -> dict[str
     share = -(-stage.elements // setup.shards)
     if setup.zero < 3:
         return {"gradients": (4 if setup.width == 2 else 8) * share}
-    return {"update": 4 * min(share, SUB_GROUP), "whole small weights": -rest["whole small weights"]}
+    # A sub-group ends with the tensor that fills it.
+    at_once = min(share, SUB_GROUP - (-sizes.largest // setup.shards))
+    return {"update": 4 * at_once, "whole small weights": -rest["whole small weights"]}

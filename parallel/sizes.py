@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -10,8 +11,8 @@ from parallel.mesh import Mesh
 
 PERSISTENT = 10**6
 """ZeRO-3 leaves tensors of up to so many elements whole on every rank; as `train.engine.PERSISTENT`."""
-BUCKET = 5 * 10**8
-"""Elements of the buffer that gradients are reduced from (DeepSpeed's reduce_bucket_size)."""
+BUCKET = 5 * 10**7
+"""Elements of the buffer that gradients are reduced from; as `train.engine.BUCKET`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,11 @@ class Setup:
     def width(self) -> int:
         """Bytes of a number that is computed with."""
         return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def reduced(self) -> int:
+        """Bytes of a gradient's number as ranks send it: DeepSpeed takes float32 beside sequence parallelism."""
+        return 4 if self.mesh.sp > 1 else self.width
 
     @property
     def shards(self) -> int:
@@ -68,15 +74,32 @@ class Sizes:
     """Of its own; 0 where it is the embedding."""
     final: int
     """The norm before the head."""
-    layer: int
-    layer_apart: int
-    """Of a layer's tensors, those that ZeRO-3 gathers for each use."""
-    largest: int
-    """The largest tensor of all."""
+    layer_tensors: tuple[int, ...]
+    """Of each tensor of a layer."""
+    columns: int
+    """A layer's matrices that tensor parallelism cuts by columns."""
     norms: int
     """Norms of the hidden states, a layer."""
     head_norms: bool
     """Whether queries and keys are normed."""
+
+    @cached_property
+    def layer(self) -> int:
+        return sum(self.layer_tensors)
+
+    @cached_property
+    def layer_apart(self) -> int:
+        """Of a layer's tensors, those that ZeRO-3 gathers for each use."""
+        return sum(count for count in self.layer_tensors if count > PERSISTENT)
+
+    @cached_property
+    def layer_largest(self) -> int:
+        return max(self.layer_tensors)
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest tensor of all."""
+        return max(self.layer_largest, self.embedding, self.head)
 
     @property
     def whole(self) -> int:
@@ -90,19 +113,19 @@ def sizes_of(config: Mapping[str, Any], tp: int = 1) -> Sizes:
     table = family.tensors({**config, "num_hidden_layers": 1}).values()
     axes = family.axes(config)
     counts = {"embedding": 0, "final_norm": 0, "head": 0}
-    layer = apart = largest = norms = 0
+    layer: list[int] = []
+    columns = norms = 0
     head_norms = False
     for tensor in table:
         if tensor.tied_to is not None:
             continue
         cut = tensor.split in ("column", "row") or tensor.kind == "head"
         count = -(-prod(tensor.shape) // tp) if cut else prod(tensor.shape)
-        largest = max(largest, count)
         if tensor.layer is None:
             counts[tensor.kind] += count
             continue
-        layer += count
-        apart += count if count > PERSISTENT else 0
+        layer.append(count)
+        columns += tensor.kind == "matrix" and tensor.split == "column"
         if tensor.kind in NORMS:
             norms += tensor.axes == ("hidden",)
             head_norms = head_norms or tensor.axes == ("head_dim",)
@@ -118,23 +141,24 @@ def sizes_of(config: Mapping[str, Any], tp: int = 1) -> Sizes:
         embedding=counts["embedding"],
         head=counts["head"],
         final=counts["final_norm"],
-        layer=layer,
-        layer_apart=apart,
-        largest=largest,
+        layer_tensors=tuple(layer),
+        columns=columns,
         norms=norms,
         head_norms=head_norms,
     )
 
 
-def layer_activations(sizes: Sizes, width: int) -> int:
+def layer_activations(sizes: Sizes, width: int, *, sequence_parallel: bool = False) -> int:
     """Return the bytes a token that a layer keeps for its backward pass.
 
     After Korthikanti et al. (arXiv 2205.05198, section 4.1), for SwiGLU, grouped queries, flash attention and norms in
     float32 as transformers computes them: of the MLP gate, up, act(gate) and their product; of attention queries, keys,
     values, what comes out, and a float32 log-sum a head; of each norm its input in float32, that normed, and that
-    times the weight. What tensor parallelism does not cut is whole on each rank.
+    times the weight. What tensor parallelism does not cut is whole on each rank. Ulysses' all-to-all makes a copy of
+    what attention gives.
     """
-    attention = width * (2 * sizes.query + 2 * sizes.key) + 4 * sizes.heads
+    queries = 3 if sequence_parallel else 2
+    attention = width * (queries * sizes.query + 2 * sizes.key) + 4 * sizes.heads
     norms = sizes.norms * sizes.hidden * (4 + 2 * width)
     if sizes.head_norms:
         norms += (sizes.query + sizes.key) * (4 + 2 * width)

@@ -22,8 +22,13 @@ LINK_SHARE = 0.8
 """Share of a link's rate that a large collective sustains."""
 OVERLAP = 0.7
 """ZeRO-3 gathers and reduces beside computing: what is longer than this share of it, training waits for."""
-LATENCY_S = 30e-6
-"""Of one collective, and again for each doubling of its ranks beyond a node."""
+START_S, HOP_S, NODE_HOP_S = 8e-6, 3.4e-6, 14e-6
+"""Of one collective: its start, and for each rank of its ring a hop within a node or to the next node (what NCCL's own
+model of itself takes for large messages: the latencies of ring and Simple in its tuning.cc)."""
+HOST_S, HOOKS_S, AGAIN = 1.5e-3, 4.1e-3, 1.9
+"""What the host's process takes a layer and a pass to start its kernels (about 110 a layer); with ZeRO-3 DeepSpeed's
+hooks besides; and how much more that is with recompute. Measured on a core of a server's CPU, where nothing else took
+time. A GPU that computes faster waits for it."""
 HOST_LINK_GB_S = 25.0
 """Between a GPU and its host's memory (PCIe 4.0 x16: 32)."""
 HOST_MEMORY_GB_S = 20.0
@@ -57,7 +62,7 @@ class StepTime:
     """Where a step's seconds go; the parts add up to the step."""
 
     compute: float
-    """Forward and backward, recomputing included."""
+    """Forward and backward, recomputing included; or what the host takes to start all that, if it is more."""
     gather: float
     """Of all-gathers of weights what training waits for."""
     reduce: float
@@ -123,9 +128,12 @@ def rate_of(cluster: Cluster, ranks: int, stride: int) -> float:
     return rate * 1e9 * LINK_SHARE
 
 
-def _latency(cluster: Cluster, ranks: int, stride: int) -> float:
-    beyond = max(1, ranks * stride // cluster.gpus_a_node)
-    return LATENCY_S * (1 + (beyond - 1).bit_length()) if ranks > 1 else 0.0
+def latency(cluster: Cluster, ranks: int, stride: int) -> float:
+    """Return the seconds that an all-gather or a reduce-scatter of nothing takes; an all-reduce is both."""
+    if ranks == 1:
+        return 0.0
+    nodes = min(ranks, -(-ranks * stride // cluster.gpus_a_node))
+    return START_S + HOP_S * (ranks - nodes) + (NODE_HOP_S * nodes if nodes > 1 else 0.0)
 
 
 def step_time(sizes: Sizes, setup: Setup, memory: Memory, cluster: Cluster, flops_a_token: float) -> StepTime:
@@ -151,7 +159,7 @@ def step_time(sizes: Sizes, setup: Setup, memory: Memory, cluster: Cluster, flop
     if mesh.pp > 1:
         stride = cluster.gpus // mesh.pp
         size = setup.width * setup.tokens * sizes.hidden
-        hand_on = size / rate_of(cluster, 2, stride) + LATENCY_S
+        hand_on = size / rate_of(cluster, 2, stride) + latency(cluster, 2, stride)
         bubble += 2 * (passes + mesh.pp - 1) * hand_on
     share = -(-memory.elements // setup.shards) if setup.zero else memory.elements
     return StepTime(
@@ -177,40 +185,53 @@ def _pass_seconds(sizes: Sizes, setup: Setup, cluster: Cluster, flops_a_token: f
     layers *= (4 / 3 if setup.recompute else 1.0) * -(-sizes.layers // mesh.pp) / sizes.layers
     head /= 1 if sizes.tied else mesh.tp
     flops = setup.tokens * (layers / mesh.tp + head)
-    return flops / (cluster.gpu.flops * cluster.efficiency)
+    host = HOST_S + (HOOKS_S if setup.zero == 3 else 0.0)
+    host *= (AGAIN if setup.recompute else 1.0) * -(-sizes.layers // mesh.pp)
+    return max(flops / (cluster.gpu.flops * cluster.efficiency), host)
 
 
 def _zero(sizes: Sizes, setup: Setup, memory: Memory, cluster: Cluster) -> tuple[float, float]:
     """Return the seconds a step that ZeRO gathers weights and reduces gradients.
 
-    Stage 3 gathers forward and backward and reduce-scatters, each pass. Stage 2 all-reduces buckets each pass, stage 1
-    once a step (DeepSpeed 0.19.8 does not reduce-scatter there); both gather weights after the step. Stage 0 reduces.
+    Stage 3 gathers forward and backward, all but what it kept from one to the other, and reduce-scatters, each pass.
+    Stage 2 all-reduces buckets each pass, stage 1 once a step (DeepSpeed 0.19.8 does not reduce-scatter there); both
+    gather weights after the step. Stage 0 reduces.
     """
     ranks, stride = setup.shards, setup.mesh.tp
     if ranks == 1:
         return 0.0, 0.0
-    rate, latency = rate_of(cluster, ranks, stride), _latency(cluster, ranks, stride)
-    size, passes = float(setup.width * memory.elements), setup.accumulation
-    once = ring(size, ranks, rate)
-    buckets = -(-memory.elements // setup.bucket) * latency
-    if setup.zero == 3:
-        apart = ring(setup.width * (sizes.layers * sizes.layer_apart + sizes.embedding + sizes.head), ranks, rate)
-        gather = passes * 2 * (apart + sizes.layers * latency) + (once - apart)
-        return max(gather, 0.0), passes * (once + buckets)
-    reduce = (passes if setup.zero == 2 else 1) * 2 * (once + buckets)
-    return (once + buckets if setup.zero else 0.0), reduce
+    rate, start = rate_of(cluster, ranks, stride), latency(cluster, ranks, stride)
+    elements, passes = memory.elements, setup.accumulation
+    at_once = ALL_REDUCE if setup.zero == 1 and setup.width == 2 else setup.bucket
+    reduce = ring(setup.reduced * elements, ranks, rate) + _sent(sizes, elements, at_once) * start
+    if setup.zero < 3:
+        gather = ring(setup.width * elements, ranks, rate) + -(-elements // ALL_REDUCE) * start
+        return (gather if setup.zero else 0.0), (passes if setup.zero == 2 else 1) * 2 * reduce
+    apart = min(elements, sizes.layers * sizes.layer_apart + sizes.embedding + sizes.head)
+    again = max(0, apart - REUSE // 2)
+    gather = sum(ring(setup.width * part, ranks, rate) + _sent(sizes, part, PREFETCH) * start for part in (apart, again))
+    small = ring(setup.width * (elements - apart), ranks, rate) + start
+    return passes * gather + small, passes * reduce
+
+
+def _sent(sizes: Sizes, elements: int, at_once: int) -> int:
+    """Return in how many collectives elements go, of so many at once: a tensor that is larger goes alone."""
+    return -(-elements // max(at_once, sizes.layer // len(sizes.layer_tensors)))
 
 
 def _tensor(sizes: Sizes, setup: Setup, cluster: Cluster) -> float:
-    """Return the seconds a pass of tensor parallelism: two all-reduces of the hidden states a layer forward, two
-    backward (arXiv 1909.08053, section 3), two more where the forward pass is done again; a head's logits gathered."""
+    """Return the seconds a pass of tensor parallelism: all-reduces of the hidden states (arXiv 1909.08053, section 3).
+
+    Two a layer forward, two more where that is done again; backward one for each matrix cut by columns: AutoTP reduces
+    the gradients of the same input one by one. A head of its own has its logits gathered, and is one more such matrix.
+    """
     ranks = setup.mesh.tp
     if ranks == 1:
         return 0.0
-    rate, latency = rate_of(cluster, ranks, 1), _latency(cluster, ranks, 1)
-    hidden = 2 * ring(setup.width * setup.tokens * sizes.hidden, ranks, rate) + latency
-    logits = 0.0 if sizes.tied else ring(setup.width * setup.tokens * sizes.vocab, ranks, rate)
-    return sizes.layers * (6 if setup.recompute else 4) * hidden + logits
+    rate, start = rate_of(cluster, ranks, 1), latency(cluster, ranks, 1)
+    hidden = 2 * (ring(setup.width * setup.tokens * sizes.hidden, ranks, rate) + start)
+    logits = 0.0 if sizes.tied else ring(setup.width * setup.tokens * sizes.vocab, ranks, rate) + start + hidden
+    return sizes.layers * ((4 if setup.recompute else 2) + sizes.columns) * hidden + logits
 
 
 def _sequence(sizes: Sizes, setup: Setup, cluster: Cluster) -> float:
@@ -219,10 +240,10 @@ def _sequence(sizes: Sizes, setup: Setup, cluster: Cluster) -> float:
     ranks = setup.mesh.sp
     if ranks == 1:
         return 0.0
-    rate, latency = rate_of(cluster, ranks, 1), _latency(cluster, ranks, 1)
+    rate, start = rate_of(cluster, ranks, 1), latency(cluster, ranks, 1)
     key = max(sizes.key, sizes.query // sizes.heads * ranks)  # fewer heads than ranks are repeated
     size = setup.width * setup.tokens * (2 * sizes.query + 2 * key)
-    return sizes.layers * (3 if setup.recompute else 2) * (ring(size, ranks, rate) + 4 * latency)
+    return sizes.layers * (3 if setup.recompute else 2) * (ring(size, ranks, rate) + 4 * start)
 
 
 def _update(share: int, setup: Setup, cluster: Cluster) -> float:

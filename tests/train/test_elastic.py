@@ -111,6 +111,7 @@ def test_every_kind_goes_on_at_one_rank(runs, tmp_path):
     close(on_ranks(tmp_path, 1, resumed, folders, ["zero3"])[0], expected)
 
 
+@pytest.mark.slow
 def test_one_goes_on_as_every_kind(runs, tmp_path):
     folder, expected = runs
     close(on_ranks(tmp_path, 2, resumed, [str(folder / "pp")], [*KINDS])[0], expected)
