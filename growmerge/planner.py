@@ -13,14 +13,17 @@ from growmerge.planner_page import page
 from growmerge.schema import GrowStage, ModelConfig
 from growmerge.schema_plan import ClusterConfig, PlanConfig
 from growmerge.shapes import parameters, read_config, recipe_of
+from parallel import cluster as links
 from parallel import timing
-from parallel.errors import InputError
+from parallel.cluster import Cluster
+from parallel.errors import InputError, one_of
 from parallel.families import family_of
 from parallel.gpus import gpu_of
 from parallel.mesh import Mesh, check_model, mesh_of
 from parallel.planner import Memory, memory
+from parallel.presets import PRESETS, VOCABULARY, llama_of
 from parallel.sizes import Setup, sizes_of
-from parallel.timing import Cluster, StepTime, flops_per_token, save_seconds, step_time
+from parallel.timing import StepTime, flops_per_token, save_seconds, step_time
 from upscale.factors import axis_growths, grown_config
 
 WIDTH = 160
@@ -30,7 +33,7 @@ NODE_LINK_GB_S = 50.0
 STAGES = (1, 2, 3)
 """ZeRO stages with bfloat16."""
 BEST = 10
-AT_LEAST_1 = ("sequence_length", "global_batch", "vocab_size", "tokens", "tp", "pp", "sp", "micro_batch")
+AT_LEAST_1 = ("sequence_length", "global_batch", "vocab_size", "parameters", "tokens", "tp", "pp", "sp", "micro_batch")
 ABOVE_0 = ("memory_gb", "link_gb_s", "node_link_gb_s", "disk_gb_s")
 
 
@@ -103,13 +106,18 @@ def print_best(path: Path, *, as_json: bool) -> None:
 
 def record(found: Found, plan: PlanConfig) -> dict[str, Any]:
     """Return what was found as plain data: bytes, seconds; the best choices in order."""
-    names = ("LINK_SHARE", "OVERLAP", "LATENCY_S", "HOST_LINK_GB_S", "HOST_MEMORY_GB_S")
+    of_links = {name: getattr(links, name) for name in ("LINK_SHARE", "START_S", "HOP_S", "NODE_HOP_S")}
+    names = ("OVERLAP", "HOST_S", "HOOKS_S", "AGAIN", "HOST_LINK_GB_S", "HOST_MEMORY_GB_S", "UPDATE_BYTES")
     rest = ("parameters", "memory_gb", "looked_at", "checkpoint", "blocked_s", "written_s", "exported", "hours")
     return {
         **{name: getattr(found, name) for name in rest},
         "gpu_hours": None if found.hours is None else found.hours * found.cluster.gpus,
         "cluster": asdict(found.cluster),
-        "assumptions": {"EFFICIENCY": plan.efficiency, **{name: getattr(timing, name) for name in names}},
+        "assumptions": {
+            "EFFICIENCY": plan.efficiency,
+            **of_links,
+            **{name: getattr(timing, name) for name in names},
+        },
         "measured": "memory terms but the CUDA context",
         "modelled": "times, and what the CUDA context takes",
         "fit": len(found.choices),
@@ -192,17 +200,20 @@ def _check(plan: PlanConfig, marks: Marks) -> None:
         raise marks.error("efficiency", f"{plan.efficiency:g} is out of range: allowed is above 0 and at most 1")
     if plan.zero is not None and plan.zero not in STAGES:
         raise marks.error("zero", f"{plan.zero} is out of range: allowed are {', '.join(map(str, STAGES))}")
-    if (plan.model is None) == (plan.shape is None):
-        raise marks.error("", "one of `model` and `shape` is needed: which model is planned for")
-    if (plan.shape is None) != (plan.vocab_size is None):
-        raise marks.error("vocab_size", "goes with `shape`, which needs it")
+    if sum(given is not None for given in (plan.model, plan.shape, plan.parameters)) != 1:
+        raise marks.error("", "one of `model`, `shape` and `parameters` is needed: which model is planned for")
+    if plan.model is not None if plan.vocab_size is not None else plan.shape is not None:
+        raise marks.error("vocab_size", "goes with `shape`, which needs it, or `parameters`")
 
 
 def _config(plan: PlanConfig, marks: Marks, base: Path) -> Mapping[str, Any]:
+    config: Mapping[str, Any]
     if plan.model is not None:
-        path = base / plan.model
         with marks.within("model"):
-            config = read_config(path.parent if path.name == "config.json" else path)
+            config = _named(plan.model, base)
+    elif plan.parameters is not None:
+        with marks.within("parameters"):
+            config = llama_of(plan.parameters, plan.vocab_size or VOCABULARY)
     else:
         shape = cast(ModelConfig, plan.shape)
         sizes = {field.name: getattr(shape, field.name) for field in fields(shape) if field.name != "family"}
@@ -214,6 +225,16 @@ def _config(plan: PlanConfig, marks: Marks, base: Path) -> Mapping[str, Any]:
             axis_growths(recipe, config)  # refuses what cannot be grown
             config = grown_config(recipe, config)
     return config
+
+
+def _named(model: str, base: Path) -> Mapping[str, Any]:
+    """Return the config of a model in a folder, or of a preset; a folder of the same name goes before."""
+    path = base / model
+    if path.exists():
+        return read_config(path.parent if path.name == "config.json" else path)
+    if model not in PRESETS:
+        raise InputError(f"no folder {str(path)!r}, and {one_of('model', model, PRESETS)}")
+    return PRESETS[model]
 
 
 def _cluster(plan: PlanConfig, marks: Marks) -> tuple[Cluster, float]:

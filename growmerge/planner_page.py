@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 
 from growmerge.plan import duration, short
-from parallel import timing
+from parallel.cluster import LINK_SHARE
+from parallel.timing import HOOKS_S, HOST_S, OVERLAP
 
 if TYPE_CHECKING:
     from growmerge.planner import Choice, Found
@@ -24,7 +25,8 @@ def page(found: Found, plan: PlanConfig) -> Iterator[Table | str]:
     """Yield what is printed, part by part."""
     cluster, best = found.cluster, found.choices[0]
     yield (
-        f"{short(found.parameters)} parameters on {cluster.gpus} GPUs ({cluster.nodes} x {cluster.gpus_a_node} "
+        f"{short(found.parameters)} parameters on {cluster.gpus} GPU{'s' * (cluster.gpus > 1)} "
+        f"({cluster.nodes} x {cluster.gpus_a_node} "
         f"{plan.cluster.gpu}), {plan.global_batch:,} sequences of {plan.sequence_length:,} tokens a step: "
         f"{len(found.choices):,} of {found.looked_at:,} ways fit"
     )
@@ -40,12 +42,13 @@ def page(found: Found, plan: PlanConfig) -> Iterator[Table | str]:
     if found.hours is not None:
         gpu_hours = found.hours * cluster.gpus
         yield f"The run's {short(round(plan.tokens or 0))} tokens: {found.hours:,.1f} h, {gpu_hours:,.0f} GPU-hours"
+    between = f" and of {cluster.node_link_gb_s:g} GB/s between nodes" if cluster.nodes > 1 else ""
     yield (
         "Measured: the memory terms, but for the CUDA context (tests compare them with running engines within 10 %). "
         f"Modelled: the CUDA context, and all times: {plan.efficiency:.0%} of {cluster.gpu.flops / 1e12:g} TFLOP/s "
-        f"while computing, {timing.LINK_SHARE:.0%} of {cluster.link_gb_s:g} GB/s in a node and of "
-        f"{cluster.node_link_gb_s:g} GB/s between nodes, {timing.OVERLAP:.0%} of computing hides ZeRO-3's "
-        f"communication, disk {cluster.disk_gb_s:g} GB/s."
+        f"while computing, at least {1e3 * HOST_S:g} ms a layer and a pass (ZeRO-3: {1e3 * (HOST_S + HOOKS_S):.1f}) "
+        f"for the host, {LINK_SHARE:.0%} of {cluster.link_gb_s:g} GB/s in a node{between}, "
+        f"{OVERLAP:.0%} of computing hides ZeRO-3's communication, disk {cluster.disk_gb_s:g} GB/s."
     )
 
 

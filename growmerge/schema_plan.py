@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from growmerge.schema import ModelConfig
 from growmerge.schema_train import Growth
-from parallel.timing import EFFICIENCY
+from parallel.cluster import EFFICIENCY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,14 @@ class PlanConfig:
     """A file for `growmerge plan`; paths in it are relative to it."""
 
     model: str | None = None
-    """Folder of a model, or its config.json: its weights are not needed."""
+    """Folder of a model, or its config.json (its weights are not needed), or a name such as llama-70b: a key of
+    `parallel.presets.PRESETS`."""
     shape: ModelConfig | None = None
     """Instead of `model`: the shape of a model from scratch."""
+    parameters: float | None = None
+    """Instead of `model`: a Llama of about so many parameters."""
     vocab_size: int | None = None
-    """With `shape`: entries of the tokenizer."""
+    """With `shape`, which needs it, or `parameters` (128256 by default): entries of the tokenizer."""
     grow: Growth | None = None
     """How the model is grown first."""
     cluster: ClusterConfig

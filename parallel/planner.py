@@ -107,7 +107,6 @@ def _memory(sizes: Sizes, setup: Setup, stage: _Stage) -> Memory:
         rest.pop("gradients", None)
         host["gradients"] = (8 if setup.zero == 3 else 4 + setup.width) * share
         if setup.zero < 3:
-            host["gradients of a step"] = 4 * share
             # What gradients travel through, on both sides.
             rest["offload buffer"] = host["offload buffer"] = setup.width * sizes.largest
     phases = {
@@ -168,7 +167,7 @@ def _summed(setup: Setup, stage: _Stage) -> int:
     if setup.accumulation == 1 or setup.zero == 3:
         return 0
     if setup.zero == 2:
-        return 0 if setup.offload else -(-4 * stage.elements // setup.shards)
+        return -(-4 * stage.elements // setup.shards)
     return setup.width * stage.elements
 
 
@@ -269,7 +268,7 @@ def _at_reduce(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
     else:
         copies, held = max(copies, 3 * tied), share * (1 if setup.accumulation == 1 else 2)
     return {
-        "gradients": 0 if setup.offload else held,
+        "gradients": held,
         "reduce copies": copies,
         "reduce bucket": _bucket(setup),
     }
@@ -282,9 +281,12 @@ def _larger(sizes: Sizes, setup: Setup, stage: _Stage) -> int:
 
 
 def _at_update(sizes: Sizes, setup: Setup, stage: _Stage, rest: Mapping[str, int]) -> dict[str, int]:
-    """Return what is held beside the rest when AdamW steps, in place: float32 gradients, flattened."""
+    """Return what is held beside the rest when AdamW steps, in place: float32 gradients, flattened.
+
+    Offloaded it steps elsewhere; the sums of ZeRO-2 are on the device until then.
+    """
     if setup.offload:
-        return {}
+        return {"gradients": -(-4 * stage.elements // setup.shards) if setup.zero == 2 else 0}
     if setup.zero == 0:
         return {"gradients": 4 * stage.elements}
     if _plain_bf16(setup):

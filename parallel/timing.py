@@ -10,21 +10,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from parallel.cluster import Cluster, latency, rate_of, ring
 from parallel.families import family_of
-from parallel.gpus import Gpu
-from parallel.planner import Memory
+from parallel.planner import ALL_REDUCE, PREFETCH, REUSE, Memory
 from parallel.sizes import Setup, Sizes
 
-EFFICIENCY = 0.55
-"""Share of the peak that a GPU sustains while it computes. Whole runs of dense models reach 0.44 to 0.51 of it on one
-node of H100 (the highest published), communication included."""
-LINK_SHARE = 0.8
-"""Share of a link's rate that a large collective sustains."""
 OVERLAP = 0.7
 """ZeRO-3 gathers and reduces beside computing: what is longer than this share of it, training waits for."""
-START_S, HOP_S, NODE_HOP_S = 8e-6, 3.4e-6, 14e-6
-"""Of one collective: its start, and for each rank of its ring a hop within a node or to the next node (what NCCL's own
-model of itself takes for large messages: the latencies of ring and Simple in its tuning.cc)."""
 HOST_S, HOOKS_S, AGAIN = 1.5e-3, 4.1e-3, 1.9
 """What the host's process takes a layer and a pass to start its kernels (about 110 a layer); with ZeRO-3 DeepSpeed's
 hooks besides; and how much more that is with recompute. Measured on a core of a server's CPU, where nothing else took
@@ -35,26 +27,6 @@ HOST_MEMORY_GB_S = 20.0
 """Of the host's memory, for one GPU's share of offloaded Adam."""
 UPDATE_BYTES = 34
 """What AdamW moves of memory an element: gradient, master weight and moments read, the latter three written, weight."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """What a run has."""
-
-    gpu: Gpu
-    gpus_a_node: int
-    nodes: int
-    link_gb_s: float
-    """Between GPUs of a node, a GPU, one direction (GB/s)."""
-    node_link_gb_s: float
-    """Between nodes, all of a node's network cards together, one direction (GB/s)."""
-    disk_gb_s: float
-    """What all nodes together write to the disk (GB/s)."""
-    efficiency: float = EFFICIENCY
-
-    @property
-    def gpus(self) -> int:
-        return self.gpus_a_node * self.nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +46,7 @@ class StepTime:
     bubble: float
     """Waiting for the pipeline to fill and to drain, and handing on."""
     update: float
-    """AdamW."""
+    """AdamW; offloaded, with what travels to the host and back."""
 
     @property
     def seconds(self) -> float:
@@ -104,36 +76,6 @@ def _windows(config: Mapping[str, Any]) -> list[int | None]:
         return [window if kind == "sliding_attention" else None for kind in kinds]
     # Mistral alone has one without naming its layers' kinds; Qwen's configs hold windows that are not used.
     return [window if family_of(config).name == "mistral" else None] * layers
-
-
-def ring(size: float, ranks: int, rate: float) -> float:
-    """Return the seconds of an all-gather to, or a reduce-scatter from, so many bytes a rank: (n - 1) / n of them pass
-    each link of a ring; an all-reduce is both.
-
-    Args:
-        rate: bytes/s of a link.
-    """
-    return 0.0 if ranks == 1 else size * (ranks - 1) / ranks / rate
-
-
-def rate_of(cluster: Cluster, ranks: int, stride: int) -> float:
-    """Return the bytes/s that a rank has to its neighbour in a group whose ranks are `stride` apart.
-
-    A group within a node has the node's links. Of one that spans nodes each ring enters and leaves a node once: it has
-    the node's network cards to itself and the groups that lie between its ranks (`stride`).
-    """
-    rate = cluster.link_gb_s
-    if ranks * stride > cluster.gpus_a_node:
-        rate = min(rate, cluster.node_link_gb_s / min(stride, cluster.gpus_a_node))
-    return rate * 1e9 * LINK_SHARE
-
-
-def latency(cluster: Cluster, ranks: int, stride: int) -> float:
-    """Return the seconds that an all-gather or a reduce-scatter of nothing takes; an all-reduce is both."""
-    if ranks == 1:
-        return 0.0
-    nodes = min(ranks, -(-ranks * stride // cluster.gpus_a_node))
-    return START_S + HOP_S * (ranks - nodes) + (NODE_HOP_S * nodes if nodes > 1 else 0.0)
 
 
 def step_time(sizes: Sizes, setup: Setup, memory: Memory, cluster: Cluster, flops_a_token: float) -> StepTime:
@@ -209,7 +151,9 @@ def _zero(sizes: Sizes, setup: Setup, memory: Memory, cluster: Cluster) -> tuple
         return (gather if setup.zero else 0.0), (passes if setup.zero == 2 else 1) * 2 * reduce
     apart = min(elements, sizes.layers * sizes.layer_apart + sizes.embedding + sizes.head)
     again = max(0, apart - REUSE // 2)
-    gather = sum(ring(setup.width * part, ranks, rate) + _sent(sizes, part, PREFETCH) * start for part in (apart, again))
+    gather = sum(
+        ring(setup.width * part, ranks, rate) + _sent(sizes, part, PREFETCH) * start for part in (apart, again)
+    )
     small = ring(setup.width * (elements - apart), ranks, rate) + start
     return passes * gather + small, passes * reduce
 
@@ -247,10 +191,14 @@ def _sequence(sizes: Sizes, setup: Setup, cluster: Cluster) -> float:
 
 
 def _update(share: int, setup: Setup, cluster: Cluster) -> float:
-    """Return the seconds of AdamW on so many elements, which memory bounds; offloaded they travel, too."""
+    """Return the seconds of AdamW on so many elements, which memory bounds; offloaded they travel, too.
+
+    ZeRO-3 has the sums of gradients with the host: each pass after the first fetches them and brings them back.
+    """
     if not setup.offload:
         return UPDATE_BYTES * share / (cluster.gpu.memory_gb_s * 1e9)
-    moved = (4 + setup.width) * share / (HOST_LINK_GB_S * 1e9)
+    sums = 8 * (setup.accumulation - 1) if setup.zero == 3 else 0
+    moved = (4 + setup.width + sums) * share / (HOST_LINK_GB_S * 1e9)
     return moved + UPDATE_BYTES * share / (HOST_MEMORY_GB_S * 1e9)
 
 

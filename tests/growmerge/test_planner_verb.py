@@ -72,6 +72,20 @@ def test_a_folder_is_read_without_weights(tmp_path: Path, tiny_folder) -> None:
     assert by_folder.config["hidden_size"] == 32
 
 
+def test_a_name_is_a_shape(tmp_path: Path) -> None:
+    rest = FILE.removeprefix(SHAPE)
+    by_name, by_shape = found(tmp_path, f"model: llama-70b\n{rest}"), found(tmp_path, FILE)
+    assert by_name.parameters == by_shape.parameters
+    assert by_name.choices == by_shape.choices
+
+
+def test_a_number_of_parameters_is_enough(tmp_path: Path) -> None:
+    rest = FILE.removeprefix(SHAPE)
+    seven = found(tmp_path, f"parameters: 7e9\n{rest}")
+    assert seven.parameters == pytest.approx(7e9, rel=0.02)
+    assert found(tmp_path, f"parameters: 7e9\nvocab_size: 32000\n{rest}").config["vocab_size"] == 32000
+
+
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(FILE)
@@ -106,7 +120,10 @@ def test_the_verb_answers_without_torch(tmp_path: Path) -> None:
         ("tokens: 1e12", "zero: 4", "plan.yaml:6: zero: 4 is out of range: allowed are 1, 2, 3"),
         ("4096", "9000", "plan.yaml:4: sequence_length: 9000 is more than the model's max_position_embeddings, 8192"),
         ("nodes: 128", "nodes: 0", "plan.yaml:3: cluster.nodes: 0 is out of range: allowed is at least 1"),
-        ("vocab_size: 128256\n", "", "plan.yaml:1: vocab_size: goes with `shape`, which needs it"),
+        ("vocab_size: 128256\n", "", "plan.yaml:1: vocab_size: goes with `shape`, which needs it, or `parameters`"),
+        (SHAPE, "model: llama-7ob\n", "plan.yaml:1: model: no folder 'llama-7ob', and unknown model 'llama-7ob': "),
+        (SHAPE, "parameters: 1e7\n", "plan.yaml:1: parameters: 1e+07 parameters are too few for a vocabulary of "),
+        (SHAPE, "", "plan.yaml:1: one of `model`, `shape` and `parameters` is needed: which model is planned for"),
         (
             "tokens: 1e12",
             "tp: 1\npp: 1\nsp: 1\nmicro_batch: 3",

@@ -8,13 +8,17 @@ from live_bytes import MODEL, measure, setup_of
 from tiny import on_ranks, tiny_config, tiny_model
 
 import train.engine
+from parallel import planner
 from parallel import sizes as of_models
+from parallel.cluster import Cluster, latency, rate_of, ring
 from parallel.errors import InputError
+from parallel.families import family_of
 from parallel.gpus import GPUS, gpu_of
 from parallel.mesh import Mesh
 from parallel.planner import memory_of
+from parallel.presets import PRESETS, llama_of
 from parallel.sizes import Setup, layer_activations, sizes_of
-from parallel.timing import Cluster, flops_per_token, rate_of, ring, step_time
+from parallel.timing import flops_per_token, step_time
 
 STAGES = {
     f"{precision} {zero}": {"zero": zero, "precision": precision}
@@ -30,7 +34,10 @@ OTHERS = {
     "3, long": {"micro_batch": 4, "sequence_length": 256},
     "3, long, recompute": {"micro_batch": 4, "sequence_length": 256, "recompute": True},
     "2, offload": {"zero": 2, "offload": True},
+    "2, offload, two passes": {"zero": 2, "offload": True, "accumulation": 2},
     "3, offload": {"offload": True},
+    "2, gradients larger than the bucket": {"zero": 2, "bucket": 500_000},
+    "3, gradients larger than the bucket": {"bucket": 500_000},
 }
 
 
@@ -43,7 +50,7 @@ def compare(folder, world, cases, model):
         host = sum(size for term, size in planned.host.items() if term != "checkpoint buffers")
         rest = max(found[name][0] for found in ranks)
         peak = max(found[name][1][-1] for found in ranks)
-        low = sum(planned.rest.values()) + host - planned.host.get("gradients of a step", 0)
+        low = sum(planned.rest.values()) + host
         assert low == pytest.approx(rest, rel=0.01 if setup.mesh == Mesh(dp=world) else 0.05), (name, planned.rest)
         assert planned.total + host == pytest.approx(peak, rel=0.1), (name, planned.when, planned.peak)
 
@@ -77,6 +84,8 @@ def test_memory_of_other_axes_is_that_of_running_engines(tmp_path):
 
 def test_constants_are_those_of_training():
     assert of_models.PERSISTENT == train.engine.PERSISTENT
+    assert of_models.BUCKET == train.engine.BUCKET
+    assert planner.SUB_GROUP == train.engine.SUB_GROUP
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -146,6 +155,14 @@ def test_links_by_where_a_group_lies():
     assert ring(8e9, 1, 1e9) == 0.0
 
 
+def test_latency_is_a_rings():
+    """By hand from NCCL's figures: 31 hops between 32 GPUs, the 4 between nodes at 14 us, the others at 3.4 us."""
+    assert latency(cluster(), 8, 1) == pytest.approx(8e-6 + 7 * 3.4e-6)
+    assert latency(cluster(), 32, 1) == pytest.approx(8e-6 + 28 * 3.4e-6 + 4 * 14e-6)
+    assert latency(cluster(), 4, 8) == pytest.approx(8e-6 + 4 * 14e-6)
+    assert latency(cluster(), 1, 8) == 0.0
+
+
 def seconds(config, lies, **given):
     setup = Setup(**{"micro_batch": 1, "sequence_length": 4096, **given})
     sizes = sizes_of(config, setup.mesh.tp)
@@ -172,6 +189,70 @@ def test_compute_is_flops_by_the_sustained_rate():
     assert again.compute / time.compute == pytest.approx(4 / 3 - head / 3)
 
 
+def test_a_small_model_waits_for_the_host():
+    small = tiny_config()
+    plain, hooked = (seconds(small, cluster(), zero=zero, mesh=Mesh(dp=32), accumulation=3) for zero in (1, 3))
+    assert plain.compute == pytest.approx(3 * 2 * 1.5e-3)
+    assert hooked.compute == pytest.approx(3 * 2 * 5.6e-3)
+
+
+def test_offloaded_sums_travel_every_pass():
+    """ZeRO-3 keeps them with the host, where each further pass fetches them, adds, and brings them back."""
+    times = {
+        (zero, passes): seconds(LARGE, cluster(), zero=zero, mesh=Mesh(dp=32), accumulation=passes, offload=True).update
+        for zero in (2, 3)
+        for passes in (1, 5)
+    }
+    share = sizes_of(LARGE).whole / 32
+    assert times[2, 5] == times[2, 1] == times[3, 1]
+    assert times[3, 5] - times[3, 1] == pytest.approx(4 * 8 * share / 25e9)
+
+
+def test_tensor_parallelism_reduces_each_columns_gradient():
+    """Two sums a layer forward and, by AutoTP's rules, five backward (q, k, v, gate, up); logits and a sixth, once."""
+    lies = cluster(link_gb_s=1.0)  # latency is nothing beside that
+    time = seconds(LARGE, lies, zero=1, mesh=Mesh(dp=4, tp=8), accumulation=1)
+    hidden = 2 * (4096 * 4096 * 2) * 7 / 8 / 0.8e9
+    logits = 4096 * 128256 * 2 * 7 / 8 / 0.8e9
+    assert time.tensor == pytest.approx(32 * (2 + 5) * hidden + hidden + logits, rel=1e-3)
+
+
+def test_stage_3_gathers_backward_what_it_has_not_kept():
+    slow = cluster(node_link_gb_s=0.01)
+    time = seconds(LARGE, slow, zero=3, mesh=Mesh(dp=32), accumulation=1)
+    weights = sizes_of(LARGE).whole
+    twice = 2 * weights - 5 * 10**8  # DeepSpeed keeps what is used again within 1e9 elements, there and back
+    assert time.gather / time.reduce == pytest.approx(twice / weights, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama-180m", 180_078_912),
+        ("llama-572m", 572_494_464),
+        ("llama-1.1b", 1_100_048_384),
+        ("llama-1.7b", 1_711_376_384),
+        ("llama-3b", 3_212_749_824),
+        ("llama-8b", 8_030_261_248),
+        ("llama-70b", 70_553_706_496),
+    ],
+)
+def test_presets_are_the_published_models(name, count):
+    assert family_of(PRESETS[name]).parameters(PRESETS[name]) == count
+
+
+@pytest.mark.parametrize("count", [1e8, 1e9, 7e9, 7e10, 4e11])
+def test_a_model_of_about_so_many_parameters(count):
+    config = llama_of(count)
+    assert family_of(config).parameters(config) == pytest.approx(count, rel=0.02)
+    assert config["num_attention_heads"] % config["num_key_value_heads"] == 0
+
+
+def test_too_few_parameters_for_the_vocabulary():
+    with pytest.raises(InputError, match=r"^1e\+07 parameters are too few for a vocabulary of 128256$"):
+        llama_of(1e7)
+
+
 def test_pipelines_bubble_is_the_textbooks():
     time = seconds(LARGE, cluster(node_link_gb_s=1e9), zero=1, mesh=Mesh(dp=8, pp=4), accumulation=12)
     assert time.bubble / (time.bubble + time.compute) == pytest.approx(3 / (12 + 3), rel=0.01)
@@ -180,7 +261,7 @@ def test_pipelines_bubble_is_the_textbooks():
 def test_stage_2_reduces_every_pass_and_stage_3_beside_computing():
     slow = cluster(node_link_gb_s=40.0)
     one, two = (seconds(LARGE, slow, zero=zero, mesh=Mesh(dp=32), accumulation=4) for zero in (1, 2))
-    assert two.reduce == pytest.approx(4 * one.reduce)
+    assert two.reduce == pytest.approx(4 * one.reduce, rel=0.05)  # in smaller buckets
     assert two.gather == one.gather
     fast = seconds(LARGE, cluster(node_link_gb_s=1e6, link_gb_s=1e6), zero=3, mesh=Mesh(dp=32), accumulation=4)
     assert fast.gather == fast.reduce == 0.0
