@@ -55,6 +55,9 @@ def build(ranks, variant):
     tensor = variant.get("tensor", 1)
     config = {**deepspeed_config(how(ranks, variant["bf16"], tensor)), **variant.get("config", {})}
     config["zero_optimization"] = variant["zero"]
+    config.pop(
+        "data_types", None
+    )  # with float32 gradient sums DeepSpeed takes another optimizer for ZeRO-1 in bfloat16
     if tensor > 1:
         config["tensor_parallel"] = variant.get("tensor_config") or tensor_parallel(tensor)
     changes = variant.get("model", {})
