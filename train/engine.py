@@ -40,7 +40,7 @@ BUCKET = 5 * 10**7
 """Gradient elements reduced at once. DeepSpeed's default, ten times that, is a buffer of a gigabyte or two on each
 rank."""
 SUB_GROUP = 5 * 10**7
-"""Elements that a step works on at once: what Adam computes in between takes three times as much float32."""
+"""Elements that a step works on at once: their gradients are put together in float32 first."""
 
 LIVE = 10**8
 """Elements of gathered weights that stay for the backward pass on a CPU, whose memory all ranks share."""
