@@ -79,7 +79,9 @@ def partition_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any
     return {"use_default_specs": False, "layer_specs": specs}
 
 
-def build_model(config: Mapping[str, Any], ds_config: Mapping[str, Any], mesh: Mesh | None = None) -> torch.nn.Module:
+def build_model(
+    config: Mapping[str, Any], ds_config: Mapping[str, Any], mesh: Mesh | None = None, attention: str = "sdpa"
+) -> torch.nn.Module:
     """Build the stock transformers model for DeepSpeed; weights are not set.
 
     With ZeRO-3 every parameter is cut over the ranks as it is made. With tensor parallelism a matrix has no storage:
@@ -92,7 +94,7 @@ def build_model(config: Mapping[str, Any], ds_config: Mapping[str, Any], mesh: M
     hf_config.use_cache = False
     tensor_parallel = mesh is not None and mesh.tp > 1
     with _placement(ds_config, tensor_parallel), no_init_weights():
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
     if tensor_parallel:
         _give_shape_alone(model, _dtype(ds_config))
     model.tie_weights()

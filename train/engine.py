@@ -26,6 +26,7 @@ from train.batch import Batch, count_tokens
 from train.build import build_model, parameter_groups, partition_config
 from train.checkpointing import ShardEngine
 from train.fill import check_names, fill_partitions, fill_plain, fill_zero3
+from train.loss import FLASH, attention, give_losses, use_kernels
 from train.norms import Keep, watch_norms
 from train.saver import Outcome
 from train.sequence import SequenceParallel
@@ -76,6 +77,8 @@ class EngineConfig:
     """Gradient checkpointing: keep each layer's input alone, and compute the rest again in the backward pass."""
     compile: bool = False
     """torch.compile."""
+    kernels: str = "auto"
+    """auto: FlashAttention-2 and Liger's kernels where they are installed and CUDA is; torch: only what torch has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,8 @@ class Step:
     """Before clipping; infinite where it was not finite."""
     kept: bool
     """Whether the optimizer stepped."""
+    squares: Mapping[str, float]
+    """Squared norm of each tensor's gradient, before clipping, by Hugging Face name."""
 
     @property
     def loss(self) -> float:
@@ -154,6 +159,11 @@ def _gather_at_once(persistent: list[Any]) -> None:
         persistent[0].all_gather = gather
 
 
+def owned(source: Source) -> tuple[str, ...]:
+    """Return the names of a source's tensors that are no alias of another."""
+    return tuple(name for name, info in source.infos.items() if info.tied_to is None)
+
+
 def apply_settings(optimizer: Any, config: EngineConfig) -> None:
     """Set this run's settings of every group."""
     for group in optimizer.param_groups:
@@ -196,12 +206,16 @@ class Engine:
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
         )
-        model: Any = build_model(source.config, ds_config, self.mesh)
+        self._attention = attention(config.kernels, config.precision)
+        model: Any = build_model(source.config, ds_config, self.mesh, self._attention)
+        use_kernels(model, config.kernels)
+        give_losses(model, source.config)
         if config.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._sequence = SequenceParallel(model, self.mesh, config) if mesh.sp > 1 else None
+        self._sequence = SequenceParallel(model, self.mesh, config, self._attention) if mesh.sp > 1 else None
+        named = dict(model.named_parameters())
         groups = parameter_groups(
-            dict(model.named_parameters()),
+            named,
             source,
             weight_decay=config.weight_decay,
             eps=config.eps,
@@ -216,7 +230,9 @@ class Engine:
         self._shards = ShardEngine(self.topology, ranks, **saving)
         if config.zero == 3:
             _gather_at_once(engine.optimizer.persistent_parameters)
-        self._norms = watch_norms(engine, config.zero)
+        self._cuts = cuts_of(source, mesh.tp) if mesh.tp > 1 else {}
+        names = {parameter: name for name, parameter in named.items()}
+        self._norms = watch_norms(engine, config.zero, names, owned(source), ranks, self.mesh, self._cuts)
         give_back_freed()  # building leaves holes: of 0.7 GB by a quarter of a billion parameters
         self._load(source)
         self._shards.attach(engine)
@@ -248,7 +264,7 @@ class Engine:
 
     def _load(self, source: Source) -> None:
         if self.mesh.tp > 1:
-            source = piece_of(source, cuts_of(source, self.mesh.tp), self.mesh.tensor_rank(self.ranks.rank))
+            source = piece_of(source, self._cuts, self.mesh.tensor_rank(self.ranks.rank))
         optimizer = self._engine.optimizer
         if self.topology is not None:
             check_names(source, {name: shape for group in self.topology.sub_groups for name, shape in group.tensors})
@@ -293,7 +309,8 @@ class Engine:
                 sums = self.ranks.sum(sums) / self.mesh.tp  # tensor-parallel ranks have the same losses
                 self._norms.expect(None if keep is None else partial(keep, float(sums.sum()) / scored))
             self._engine.step()
-        return Step(losses=sums, counts=counts, grad_norm=self._norms.last, kept=self._norms.kept)
+        norms = self._norms
+        return Step(losses=sums, counts=counts, grad_norm=norms.last, kept=norms.kept, squares=norms.squares)
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """Return the weighted token losses [B, T] of this rank's part of a batch."""
@@ -303,11 +320,12 @@ class Engine:
         if self._sequence is not None:
             inputs, targets, weights, positions = self._sequence.part(inputs, targets, weights, positions)
         given = {} if positions is None else {"position_ids": positions}
-        logits = self._engine(input_ids=inputs, **given).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), reduction="none"
-        ).view(targets.shape)
-        return losses * weights
+        shape = targets.shape
+        if positions is not None and self._attention == FLASH and self._sequence is None:
+            # It finds documents by their positions in a single row; a row of the batch begins one, too.
+            given = {"position_ids": positions.reshape(1, -1)}
+            inputs, targets = inputs.reshape(1, -1), targets.reshape(1, -1)
+        return self._engine(input_ids=inputs, targets=targets, **given).view(shape) * weights
 
     def save(self, folder: Path, tag: str, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Save a checkpoint `folder/tag`: shards by every rank, then the manifest, then the pointer.

@@ -21,7 +21,15 @@ from parallel.ranks import Ranks, Readers, device, readers
 from train.batch import Batch, count_tokens
 from train.build import parameter_groups
 from train.checkpointing import ShardEngine
-from train.engine import EngineConfig, Step, apply_settings, deepspeed_config, forget_groups, import_deepspeed
+from train.engine import (
+    EngineConfig,
+    Step,
+    apply_settings,
+    deepspeed_config,
+    forget_groups,
+    import_deepspeed,
+    owned,
+)
 from train.fill import check_names, fill_partitions
 from train.norms import Keep, watch_norms
 from train.saver import Outcome
@@ -183,9 +191,10 @@ class PipelineEngine:
         self._engine = engine
         self._shards = ShardEngine(None, ranks, **saving)
         self._shards.attach(engine)
-        self._norms = watch_norms(engine, config.zero)
+        names = {parameter: name for name, parameter in named.items()}
+        self._norms = watch_norms(engine, config.zero, names, owned(source), ranks, self.mesh)
         check_names(source, {name: tuple(parameter.shape) for name, parameter in named.items()})
-        fill_partitions(engine.optimizer, {parameter: name for name, parameter in named.items()}, source)
+        fill_partitions(engine.optimizer, names, source)
         engine.global_steps, engine.global_samples = source.run.step, source.run.samples
         apply_settings(engine.optimizer, config)
 
@@ -231,8 +240,8 @@ class PipelineEngine:
         self._norms.expect(decide)
         self._engine.reset_activation_shape()
         self._engine.train_batch(data_iter=_micro_batches(batches))
-        losses = total[0] if total else self.ranks.sum(self._sums.clone())
-        return Step(losses=losses, counts=counts, grad_norm=self._norms.last, kept=self._norms.kept)
+        losses, norms = total[0] if total else self.ranks.sum(self._sums.clone()), self._norms
+        return Step(losses=losses, counts=counts, grad_norm=norms.last, kept=norms.kept, squares=norms.squares)
 
     def save(self, folder: Path, tag: str, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Save a checkpoint; see `train.engine.Engine.save`."""

@@ -10,24 +10,24 @@ import torch
 
 from parallel.errors import InputError
 from parallel.mesh import Mesh
-
-ATTENTION = "sdpa"
+from train.loss import SDPA
 
 
 class SequenceParallel:
     """What an engine needs of it."""
 
-    def __init__(self, model: Any, mesh: Mesh, config: Any) -> None:
+    def __init__(self, model: Any, mesh: Mesh, config: Any, attention: str) -> None:
         """Put Ulysses in the place of attention, for training alone: in evaluation every rank has text of its own."""
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         self._mesh = mesh
         self._functions = ALL_ATTENTION_FUNCTIONS
-        self._plain = ALL_ATTENTION_FUNCTIONS[ATTENTION]
+        self._attention = attention
+        self._plain = ALL_ATTENTION_FUNCTIONS[attention]
         self.mpu = UlyssesSPAttentionHF.register_with_transformers(
             model_name_or_path=model,
-            core_attn_implementation=ATTENTION,
+            core_attn_implementation=attention,
             sequence_parallel_size=mesh.sp,
             micro_batch_size=config.micro_batch,
             seq_length=config.sequence_length,
@@ -44,7 +44,7 @@ class SequenceParallel:
         Raises:
             InputError: documents are masked, which needs flash attention (CUDA) with sequence parallelism.
         """
-        if positions is not None and ATTENTION == "sdpa":
+        if positions is not None and self._attention == SDPA:
             raise InputError("documents: masked with parallel.sp needs flash attention (CUDA): use documents: packed")
         length = inputs.shape[1]
         if positions is None:
@@ -55,4 +55,4 @@ class SequenceParallel:
 
     def close(self) -> None:
         """Give transformers its own attention back."""
-        self._functions[ATTENTION] = self._plain
+        self._functions[self._attention] = self._plain

@@ -1,0 +1,80 @@
+"""Token losses of a running model, and the kernels that it computes them with.
+
+With a vocabulary of 128k entries the logits of a batch take more memory than the model's activations. Above a bound
+they are computed a chunk of tokens at a time, and again in the backward pass: the same numbers for one matrix product
+more. torch's own `linear_cross_entropy` (2.13) and Liger's need a loss in the weights' dtype or give it in bfloat16.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from parallel.families import family_of
+
+CHUNK = 2**28
+"""Bytes of a chunk's logits in float32; more than two chunks are not computed at once."""
+
+
+def tokens_a_chunk(vocab: int, tokens: int) -> int:
+    """Return of how many tokens logits are computed at once."""
+    return tokens if 4 * vocab * tokens <= 2 * CHUNK else max(1, CHUNK // (4 * vocab))
+
+
+def give_losses(model: Any, config: Mapping[str, Any]) -> None:
+    """Let a transformers model return token losses [B, T] when it is called with `targets` [B, T].
+
+    Its forward is replaced on the instance, so that DeepSpeed's hooks on the module run around it.
+    """
+    plain = model.forward
+    key = family_of(config).logits_divisor
+    divisor = float(config.get(key, 1.0)) if key else 1.0
+    capped = getattr(model.config, "final_logit_softcapping", None) is not None  # the model's own head alone does it
+
+    def forward(*given: Any, targets: torch.Tensor | None = None, **named: Any) -> Any:
+        if targets is None:
+            return plain(*given, **named)
+        size = tokens_a_chunk(config["vocab_size"], targets.numel())
+        if capped or size >= targets.numel():
+            logits = plain(*given, **named).logits
+            return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        hidden = model.model(*given, **named).last_hidden_state.flatten(0, 1)
+
+        def part(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            logits = model.lm_head(tokens[None])[0] / divisor
+            return cross_entropy(logits.float(), wanted, reduction="none")
+
+        parts = zip(hidden.split(size), targets.flatten().split(size), strict=True)
+        losses = [checkpoint(part, tokens, wanted, use_reentrant=False) for tokens, wanted in parts]
+        return torch.cat(losses).view(targets.shape)
+
+    model.forward = forward
+
+
+FLASH, SDPA = "flash_attention_2", "sdpa"
+
+
+def attention(kernels: str, precision: str) -> str:
+    """Return the attention for training: FlashAttention-2, which masks documents without a mask, where it is installed
+    and can run; else torch's own, which has a block mask for them.
+
+    Args:
+        kernels: auto, or torch: only what torch has.
+    """
+    return FLASH if precision == "bfloat16" and _runs(kernels, "flash_attn") else SDPA
+
+
+def use_kernels(model: Any, kernels: str) -> None:
+    """Have norms, rotary embedding and MLP computed by Liger's kernels (arXiv 2410.10989), where CUDA and Liger are."""
+    if _runs(kernels, "liger_kernel"):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        ours = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # see give_losses
+        _apply_liger_kernel_to_instance(model=model, **ours)
+
+
+def _runs(kernels: str, package: str) -> bool:
+    return kernels == "auto" and torch.cuda.is_available() and importlib.util.find_spec(package) is not None
