@@ -88,8 +88,9 @@ def watch_norms(
     def partitions(groups: Sequence[Sequence[torch.nn.Parameter]], offload: bool) -> Iterator[tuple[Any, torch.Tensor]]:
         for index, group in enumerate(groups):
             if offload:  # DeepSpeed took the norms when it moved the gradients away
-                known = {one: optimizer.norm_for_param_grads.get(optimizer.get_param_id(one)) for one in group}
-                yield from ((one, torch.as_tensor(norm).float().cpu().reshape(1)) for one, norm in known.items() if norm is not None)
+                found = {one: optimizer.norm_for_param_grads.get(optimizer.get_param_id(one)) for one in group}
+                known = {one: torch.as_tensor(norm).float().cpu() for one, norm in found.items() if norm is not None}
+                yield from known.items()
             else:
                 yield from zip(group, optimizer.averaged_gradients[index], strict=False)  # it may end with padding
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny import on_ranks, tiny_config
 
+import train.loss
 from checkpoint.memory import ScratchSource
+from eval.model import load_model
 from parallel.mesh import Mesh, mesh_of
 from train.batch import plain_batch
 from train.engine import Engine, EngineConfig
@@ -15,9 +17,11 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def losses(ranks, variants):
-    """Train each variant and return its losses and norms."""
+    """Train each variant and return its losses, norms, and squared norms by tensor."""
     found = {}
-    for name, (changes, model) in variants.items():
+    for name, (given, model) in variants.items():
+        changes = dict(given)
+        train.loss.CHUNK = changes.pop("chunk", WHOLE)
         mesh = changes.get("mesh", Mesh())
         mesh = mesh_of(ranks.world_size, zero=changes.get("zero", 3), tp=mesh.tp, sp=mesh.sp, pp=mesh.pp)
         dp = mesh.dp
@@ -44,11 +48,13 @@ def losses(ranks, variants):
             ids = torch.randint(0, 131, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step % 7))
             mine = ids.chunk(dp)[mesh.data_rank(ranks.rank)].chunk(passes)
             taken = engine.step([plain_batch(part) for part in mine], how.lr)
-            found[name].append((taken.loss, taken.grad_norm))
+            found[name].append((taken.loss, taken.grad_norm, taken.squares))
         engine.close()
     return found
 
 
+WHOLE, CHUNK = 2**28, 4 * 131 * 5
+"""Bytes of logits in a chunk: more than there are, and five tokens of them."""
 UNTIED = {"tie_word_embeddings": False}
 MESHES = {
     "zero 0": ({"zero": 0}, {}),
@@ -61,6 +67,8 @@ MESHES = {
     "tp": ({"mesh": Mesh(tp=2)}, {}),
     "tp untied": ({"mesh": Mesh(tp=2)}, UNTIED),
     "sp": ({"mesh": Mesh(sp=2)}, {}),
+    "zero 3, logits in chunks": ({"chunk": CHUNK}, {}),
+    "tp untied, recompute, logits in chunks": ({"mesh": Mesh(tp=2), "recompute": True, "chunk": CHUNK}, UNTIED),
     "pp": ({"mesh": Mesh(pp=2), "zero": 1}, {}),
     "pp untied, two passes": ({"mesh": Mesh(pp=2), "zero": 1, "accumulation": 2}, UNTIED),
     "pp, recompute": ({"mesh": Mesh(pp=2), "zero": 1, "recompute": True}, {}),
@@ -80,6 +88,21 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_trains_as_one_rank_does(found, name):
     reference = found[1]["untied" if "untied" in name else "tied"]
-    for (loss, norm), (expected, expected_norm) in zip(found[4][name], reference, strict=True):
+    for (loss, norm, squares), (expected, expected_norm, expected_squares) in zip(
+        found[4][name], reference, strict=True
+    ):
         assert loss == pytest.approx(expected, rel=1e-4)
         assert norm == pytest.approx(expected_norm, rel=1e-3)
+        assert squares == pytest.approx(expected_squares, rel=1e-2, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_gradient_norms_by_tensor_are_those_of_autograd(found, name):
+    model = load_model(ScratchSource(config=tiny_config(**(UNTIED if name == "untied" else {})), seed=1))
+    ids = torch.randint(0, 131, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    logits = model(input_ids=ids[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    expected = {key: float(parameter.grad.double().square().sum()) for key, parameter in model.named_parameters()}
+    _, norm, squares = found[1][name][0]
+    assert squares == pytest.approx(expected, rel=1e-4)
+    assert norm == pytest.approx(sum(expected.values()) ** 0.5, rel=1e-5)
