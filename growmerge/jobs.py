@@ -1,5 +1,6 @@
 """A job of several ranks: submitted, followed to its end, and why it failed if it did."""
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from slurm.executor import Job, Kind, dead_ranks, stop, submit
 
 ALMOST_FULL = 2**18
 """Free bytes below which a death without a message is put down to the disk: a rank could not even say why."""
+STALLED = re.compile(r"^Timeout \((\S+)\)!$", re.MULTILINE)
+"""How faulthandler begins when `train.signals.Watchdog` ends a rank."""
 PATIENCE = 5.0
 """Seconds between two looks for dead ranks; one that is dead at both ends the job."""
 
@@ -63,6 +66,11 @@ def _failure(handle: Any, dead: Sequence[int]) -> str | None:
     # A rank that was killed leaves no traceback; the others then fail in a collective. Name the first cause.
     tasks = {rank: handle.task(rank) for rank in failed}
     logs = {rank: _text(task.paths.stderr) for rank, task in tasks.items()}
+    stalled = {rank: found[1] for rank in failed if (found := STALLED.search(logs[rank]))}
+    if stalled:
+        rank, time_out = next(iter(stalled.items()))
+        stacks = f"the stacks of its threads are in its log: {tasks[rank].paths.stderr}"
+        return f"rank {rank} failed: no progress for {time_out} (stall_minutes); {stacks}"
     silent = [rank for rank in [*dead, *failed] if rank in failed and "Traceback" not in logs[rank]]
     if silent:
         last = "it died without a message (killed, or out of memory)"

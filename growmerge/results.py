@@ -20,7 +20,7 @@ from growmerge.stages import write_card
 from growmerge.tasks import Task
 from growmerge.texts import described, tokenizer_of
 from train.data.corpus import read_corpus
-from train.loop import read_metrics
+from train.tracker import read_metrics
 
 PACKAGES = ("growmerge", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "submitit")
 

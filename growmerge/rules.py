@@ -18,6 +18,7 @@ from growmerge.schema import (
     ModelConfig,
     Pipeline,
     Resources,
+    Rewarming,
     Stage,
     Study,
     TextSource,
@@ -61,6 +62,7 @@ ABOVE_0 = Range(above=0)
 FROM_0 = Range(at_least=0)
 FROM_1 = Range(at_least=1)
 FACTOR = Range(at_least=1, at_most=1000)
+SHARE = Range(at_least=0, at_most=1)
 INNER_SHARE = Range(above=0, below=1)
 
 RANGES: Mapping[type, Mapping[str, Range]] = {
@@ -85,7 +87,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "lr": FROM_0,
         "warmup": FROM_0,
         "decay": FROM_0,
-        "floor": Range(at_least=0, at_most=1),
+        "floor": SHARE,
         "betas": Range(at_least=0, below=1),
         "eps": ABOVE_0,
         "weight_decay": FROM_0,
@@ -99,6 +101,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "skip_sigma": ABOVE_0,
         "stall_minutes": FROM_0,
     },
+    Rewarming: {"at": FROM_0, "steps": FROM_1, "start": SHARE},
     GrowStage: {
         **dict.fromkeys(("width", "hidden", "heads", "kv_heads", "ffn"), FACTOR),
         "noise_db": Range(at_least=0, at_most=FAINTEST),
@@ -162,6 +165,11 @@ def training(training: Training) -> Iterator[Problem]:
         yield "warmup", f"{training.warmup} steps of warm-up are more than the run's {training.steps} steps"
     if training.decay > max(1, training.steps or 1) or (training.decay > 1 and training.decay % 1):
         yield "decay", f"{training.decay:g} is no length: a share from 0 to 1, or whole steps of the run's"
+    earliest = training.warmup
+    for number, each in enumerate(training.rewarm):
+        if each.at < earliest or (training.steps is not None and each.at + each.steps > training.steps):
+            yield f"rewarm.{number}", f"has to lie between step {earliest}, the end of the warm-up before, and the end"
+        earliest = each.at + each.steps
     if training.offload == "nvme":
         yield (
             "offload",

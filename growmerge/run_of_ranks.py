@@ -18,7 +18,7 @@ from checkpoint.writer import write_checkpoint
 from eval.evaluate import evaluate_model
 from growmerge import __version__
 from growmerge.mixtures import prepared_sizes, training_order
-from growmerge.samples import languages_of, open_corpora, samples, sequences_of
+from growmerge.samples import bytes_seen, languages_of, open_corpora, samples, sequences_of
 from growmerge.schema_train import TrainConfig
 from growmerge.stages import DTYPES, scratch_config
 from growmerge.texts import TOKENIZER_FILES
@@ -55,7 +55,7 @@ def run(config: TrainConfig, base: Path, folder: Path, ranks: Ranks, report: Rep
             f"the tokenizer has {tokenizer.vocab_size} entries, the model only {source.config['vocab_size']}: "
             "use the model's own tokenizer, or give it new rows by `growmerge tokenizer replace`"
         )
-    sample, corpora, languages = run_samples(config, base, plan, source.config["vocab_size"])
+    sample, corpora, languages, text_bytes = run_samples(config, base, plan, source.config["vocab_size"])
     heldout = read_heldout(base / config.data.folder, config, languages)
     window = config.evaluation.window or plan.sequence_length
 
@@ -86,6 +86,7 @@ def run(config: TrainConfig, base: Path, folder: Path, ranks: Ranks, report: Rep
         evaluate=evaluate,
         report=report,
         corpora=corpora,
+        bytes_seen=text_bytes,
         keep_optimizer=config.keep_optimizer or (config.grow is not None and config.grow.optimizer != "reset"),
         branch_from=branch,
         about={**asdict(config), "ranks": ranks.world_size},
@@ -138,8 +139,8 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 def run_samples(
     config: TrainConfig, base: Path, plan: RunPlan, vocab_size: int
-) -> tuple[SampleAt, tuple[str, ...], tuple[str, ...]]:
-    """Return the run's samples by number, the names of their corpora, and the languages of these.
+) -> tuple[SampleAt, tuple[str, ...], tuple[str, ...], Callable[[int], int] | None]:
+    """Return the run's samples by number, the names of their corpora, the languages of these, and the bytes seen.
 
     Raises:
         InputError: a corpus that is not there, or that another tokenizer than the model's has made.
@@ -154,7 +155,7 @@ def run_samples(
         config.data.mixture, config.mixtures, sizes, wholes, seed=config.seed, global_batch=plan.global_batch
     )
     sample, names = samples(order, files, length=plan.sequence_length, documents=plan.documents)
-    return sample, names, languages_of(order.corpora)
+    return sample, names, languages_of(order.corpora), bytes_seen(order, files, length=plan.sequence_length)
 
 
 def read_heldout(folder: Path, config: TrainConfig, languages: tuple[str, ...]) -> dict[str, tuple[Document, ...]]:

@@ -1,8 +1,9 @@
 """From an order of samples and token files to the samples that a run sees; both front doors of training share it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from train import measure
 from train.batch import Sample, SampleAt
 from train.data.order import Mixture, sample_at
 from train.data.staged import Staged
@@ -47,6 +48,27 @@ def samples(
         return Sample(ids=file.sequence(sequence, length), starts=starts, corpus=numbers[stream])
 
     return sample, names
+
+
+def bytes_seen(order: Mixture | Staged, files: Mapping[str, TokenFile], *, length: int) -> Callable[[int], int] | None:
+    """Return a function from a number of samples to the UTF-8 bytes of text that the first so many hold.
+
+    A corpus' bytes a token are those of the whole of it; None where a corpus does not say (Megatron's tools do not).
+    """
+    known = {corpus: files[corpus].metadata for corpus in order.corpora}
+    if not all(about.get("bytes") for about in known.values()):
+        return None
+    # Streams of one name are parts of one corpus.
+    sizes = {
+        name: (known[corpus]["bytes"], known[corpus]["tokens"])
+        for name, corpus in zip(order.names, order.corpora, strict=True)
+    }
+
+    def seen(samples: int) -> int:
+        tokens = {name: usage.tokens for name, usage in order.usage(samples, length).items()}
+        return sum(measure.bytes_seen(tokens, sizes).values())
+
+    return seen
 
 
 def languages_of(corpora: Iterable[str]) -> tuple[str, ...]:

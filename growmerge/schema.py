@@ -15,6 +15,7 @@ GrowthMethod = Literal["exact-split", "symmetric", "diagonal"]
 GrownOptimizer = Literal["reset", "scaled", "asymmetric"]
 MergeMethod = Literal["linear", "ties"]
 Precision = Literal["float32", "bfloat16"]
+Kernels = Literal["auto", "torch"]
 Documents = Literal["packed", "masked"]
 Offload = Literal["none", "cpu", "nvme"]
 Saves = Literal["auto", "background", "blocking"]
@@ -108,6 +109,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rewarming:
+    """Warming up again within a run, such as where new data begins (arXiv 2403.08763)."""
+
+    at: int
+    """Steps taken before it."""
+    steps: int
+    """Steps until the peak is reached again."""
+    start: float = 0.0
+    """Factor of the peak rate that it rises from."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """How a run trains. Given once for all runs, and again in a stage where it differs."""
 
@@ -130,6 +143,8 @@ class Training:
     decay_shape: DecayShape = "linear"
     floor: float = 0.0
     """Factor of the peak rate that wsd and cosine fall towards."""
+    rewarm: tuple[Rewarming, ...] = ()
+    """Where the rate warms up again; a cosine then falls anew over the steps that are left."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -175,6 +190,8 @@ class Training:
     """Gradient checkpointing: keep each layer's input alone and compute the rest again in the backward pass."""
     compile: bool = False
     """torch.compile."""
+    kernels: Kernels = "auto"
+    """auto: on GPUs FlashAttention-2 and Liger's kernels, each where it is installed; torch: only what torch has."""
     skip_sigma: float = 6.0
     """A step whose loss or gradient norm is so many standard deviations above the mean of the last 128 is skipped."""
     stop_after: int = 8

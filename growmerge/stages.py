@@ -23,7 +23,7 @@ from growmerge.config import merged_training
 from growmerge.context import Context
 from growmerge.mixtures import pipeline_order, prepared_sizes
 from growmerge.resolved import corpora_of
-from growmerge.samples import open_corpora, samples, sequences_of
+from growmerge.samples import bytes_seen, open_corpora, samples, sequences_of
 from growmerge.schema import GrowStage, TrainStage
 from growmerge.shapes import recipe_of
 from growmerge.starts import keeps_optimizer, starting_source
@@ -101,6 +101,7 @@ def do_train(context: Context, task: Task) -> None:
         evaluate=evaluate,
         report=lambda event: context.report({**event, "stage": task.name}),
         corpora=corpora,
+        bytes_seen=bytes_seen(order, files, length=plan.sequence_length),
         keep_optimizer=keeps_optimizer(context, config["from_"]),
         about={"name": task.name, "training": how, "mixture": config["mixture"]},
     )

@@ -47,6 +47,8 @@ ADDED: Mapping[str, Any] = {
     "sp": 1,
     "pp": 1,
     "offload": "none",
+    "rewarm": (),
+    "kernels": "auto",
     **dict.fromkeys(("recompute", "compile"), False),
     "skip_sigma": 6.0,
     "stop_after": 8,

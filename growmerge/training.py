@@ -89,7 +89,7 @@ def _key(config: TrainConfig) -> str:
     for name in ("resources", "name"):
         del content[name]
     content["training"] = {key: value for key, value in content["training"].items() if key not in WITHOUT_RESULT}
-    for name in ("zero", "tp", "sp", "pp", "offload", "recompute", "compile", "micro_batch"):
+    for name in ("zero", "tp", "sp", "pp", "offload", "recompute", "compile", "kernels", "micro_batch"):
         del content["training"][name]  # a run may go on at another topology
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -108,7 +108,7 @@ def bits_per_byte(evaluation: Mapping[str, Any]) -> dict[str, float]:
     Languages without held-out text are left out.
     """
     found = {}
-    for language, entry in evaluation["languages"].items():
+    for language, entry in evaluation.get("languages", {}).items():
         if size := sum(row[2] for row in entry["documents"]):
             found[language] = math.fsum(row[1] for row in entry["documents"]) / size
     return found

@@ -6,7 +6,7 @@ grown or merged model, or a model from scratch.
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -326,6 +326,20 @@ class Engine:
             given = {"position_ids": positions.reshape(1, -1)}
             inputs, targets = inputs.reshape(1, -1), targets.reshape(1, -1)
         return self._engine(input_ids=inputs, targets=targets, **given).view(shape) * weights
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]] | None:
+        """Return (name, whole weight on the CPU), one after the other; None where ranks have pieces of matrices.
+
+        All ranks go through them together.
+        """
+        return None if self.mesh.tp > 1 else self._weights()
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import deepspeed
+
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters(parameter, enabled=self.config.zero == 3):
+                yield name, parameter.detach().cpu()
 
     def save(self, folder: Path, tag: str, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Save a checkpoint `folder/tag`: shards by every rank, then the manifest, then the pointer.

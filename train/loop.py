@@ -1,6 +1,5 @@
 """One training run: resume if there is something to resume from, step, log, evaluate, checkpoint."""
 
-import json
 import math
 import os
 import time
@@ -18,20 +17,23 @@ from parallel.errors import InputError
 from parallel.faults import point
 from parallel.memory import available_memory
 from parallel.ranks import Ranks
-from train import alarms, guard, measure
+from train import guard
+from train.alarms import Alarm
 from train.batch import Batch, SampleAt, batch_of
 from train.checkpointing import clear_after, newest
 from train.engine import Engine, Step
 from train.pipeline import PipelineEngine
 from train.plan import RunPlan
+from train.record import Record, Report
 from train.schedule import Schedule
-from train.signals import StopRequest, Watchdog
+from train.signals import StopRequest, Watchdog, time_left
 from train.tracker import METRICS, Tracker
 
 Evaluate = Callable[[Any, Ranks], Mapping[str, Any]]
 """Scores the running model; called by all ranks together, returns the same plain data on each. The second argument
 says how the text is shared: ranks of one place in it have to score the same at the same time."""
-Report = Callable[[Mapping[str, Any]], None]
+LEAD, LEAD_S = 3.0, 60.0
+"""How long before a job's end a run saves and stops: so many times what a save takes, and at least so many seconds."""
 BRANCH = "branch.json"
 """Where a run that an alarm turned into a decay branch remembers the step that it branched at, and the length."""
 
@@ -65,6 +67,7 @@ def train(
     evaluate: Evaluate,
     report: Report,
     corpora: tuple[str, ...] = ("",),
+    bytes_seen: Callable[[int], int] | None = None,
     keep_optimizer: bool = False,
     branch_from: Path | None = None,
     about: Mapping[str, Any] | None = None,
@@ -82,6 +85,7 @@ def train(
         evaluate: called before the first step, after the last, and every `evaluate_every` steps.
         report: told of progress, on rank 0.
         corpora: names of the samples' corpora, whose losses are logged apart.
+        bytes_seen: from a number of samples to the bytes of text that the first so many hold.
         keep_optimizer: whether Adam's moments and step counts of the source to start from go on; the run's own step,
             tokens and schedule begin at 0 all the same.
         branch_from: a checkpoint of a run's stable phase; this run goes on from its step, decaying over the steps that
@@ -92,41 +96,53 @@ def train(
         InputError: bad steps in a row; a last checkpoint that could not be written; a source that does not fit.
     """
     while True:
-        run = _Run(start, plan, sample, ranks, folder, seed, files, evaluate, report, corpora, about)
+        run = _Run(
+            start=start,
+            plan=plan,
+            sample=sample,
+            ranks=ranks,
+            folder=folder,
+            seed=seed,
+            files=files,
+            evaluate=evaluate,
+            report=report,
+            corpora=corpora,
+            bytes_seen=bytes_seen,
+            about=about,
+        )
         with StopRequest() as stop:
             result = run.go(stop, keep_optimizer=keep_optimizer, branch_from=branch_from)
         if result is not None:
             return result
 
 
+@dataclass(kw_only=True)
 class _Run:
-    """A run between two starts: what does not change from step to step."""
+    """A run between two starts; the fields are those of `train`."""
 
-    def __init__(
-        self,
-        start: Callable[[], Source],
-        plan: RunPlan,
-        sample: SampleAt,
-        ranks: Ranks,
-        folder: Path,
-        seed: int,
-        files: Mapping[str, bytes],
-        evaluate: Evaluate,
-        report: Report,
-        corpora: tuple[str, ...],
-        about: Mapping[str, Any] | None,
-    ) -> None:
-        self.start, self.plan, self.sample, self.ranks, self.folder = start, plan, sample, ranks, folder
-        self.seed, self.files, self.evaluate, self.report = seed, files, evaluate, report
-        self.corpora, self.about = corpora, about
-        self.checkpoints = folder / "checkpoints"
-        self.mesh = plan.mesh(ranks.world_size)
-        self.passes = plan.batching(self.mesh.dp)[1]
-        self.bounds = tuple(plan.bounds())
+    start: Callable[[], Source]
+    plan: RunPlan
+    sample: SampleAt
+    ranks: Ranks
+    folder: Path
+    seed: int
+    files: Mapping[str, bytes]
+    evaluate: Evaluate
+    report: Report
+    corpora: tuple[str, ...]
+    bytes_seen: Callable[[int], int] | None
+    about: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        self.checkpoints = self.folder / "checkpoints"
+        self.mesh = self.plan.mesh(self.ranks.world_size)
+        self.passes = self.plan.batching(self.mesh.dp)[1]
         self.turned: Mapping[str, int] | None = None
         """Where an alarm turned the run into a branch, and how long that is."""
         self.sound = 0
-        """The last step that was saved while no alarm rang."""
+        """The last step that was saved while no alarm asked for a branch."""
+        self.save_s = 0.0
+        """Seconds from the begin of a save to its end, the longest so far."""
 
     def go(self, stop: StopRequest, *, keep_optimizer: bool, branch_from: Path | None) -> Result | None:
         """Train; None when an alarm has turned the run into a branch, which starts anew."""
@@ -140,13 +156,13 @@ class _Run:
         source: Source = fresh(self.start()) if begin is None else open_checkpoint(begin)
         assert found is None or source.run.seed == self.seed, f"seed {source.run.seed}, run of seed {self.seed}"
         rates = self._rates(branch_from)
-        self.log = self._open_log(begin, source)
+        self.record = self._open_record(begin, source)
         if found is not None and source.run.step == rates.steps:
-            self.log.close()
+            self.record.close()
             return Result(checkpoint=found, finished=True)
-        self.flops = measure.flops_per_token(source.config, self.plan.sequence_length)
         first = 0 if begin is None else source.run.step
         guarded = guard.from_plain(source.run.extra.get("guard") if begin is not None else None)
+        self.sound = 0 if found is None else source.run.extra.get("sound", first)
         kind = PipelineEngine if self.mesh.pp > 1 else Engine
         self.engine = kind(
             source,
@@ -164,7 +180,7 @@ class _Run:
             result = self._steps(first, rates, guarded, stop)
         finally:
             self.watchdog.close()
-            self.log.close()
+            self.record.close()
         self.engine.close()
         self.ranks.barrier()
         return result
@@ -192,11 +208,9 @@ class _Run:
             rates = rates.branch(self.turned["at"], self.turned["steps"], shape=plan.decay_shape, floor=plan.floor)
         return rates
 
-    def _open_log(self, begin: Path | None, source: Source) -> Tracker:
+    def _open_record(self, begin: Path | None, source: Source) -> Record:
         known = (begin / METRICS).read_bytes() if begin is not None and (begin / METRICS).is_file() else b""
-        scores = [line["evaluation"] for line in read_lines(known) if "evaluation" in line]
-        self.first_scores = alarms.bits_per_byte(scores[0]) if scores and self.bounds else {}
-        return Tracker(
+        tracker = Tracker(
             self.plan.tracker,
             self.folder,
             first=self.ranks.first,
@@ -204,6 +218,17 @@ class _Run:
             known=known,
             state=source.run.extra.get("tracker") if begin is not None else None,
             config=self.about,
+        )
+        return Record(
+            tracker,
+            self.plan,
+            source,
+            self.ranks,
+            begun=begin is not None,
+            corpora=self.corpora,
+            bytes_seen=self.bytes_seen,
+            report=self.report,
+            known=known,
         )
 
     def _steps(self, first: int, rates: Schedule, guarded: guard.State, stop: StopRequest) -> Result | None:
@@ -223,26 +248,31 @@ class _Run:
                 limits=limits,
             )
             point(f"step/{done}")
-            self._log(taken, done, rates, verdict, guarded.skipped, time.perf_counter() - began)
+            took = time.perf_counter() - began
+            self.record.step(
+                taken, done, rates.steps, rates.factor(step), verdict, guarded.skipped, took, self._saved()
+            )
             if (why := guard.reason_to_stop(guarded, limits)) is not None:
                 raise InputError(why)
             if done == rates.steps and not math.isfinite(taken.loss):
                 raise InputError(f"the loss is not finite at the last step ({done}): lower the learning rate")
             rung = self._evaluate(done) if plan.evaluates_at(done, rates.steps) else []
-            asked = bool(self.ranks.sum(torch.tensor([float(stop.asked)])))
+            branch = any(alarm.bound.action == "branch" for alarm in rung) and self.turned is None
+            if branch and self.sound:
+                self._settle(final=False)
+                self._turn(max(1, rates.decay_steps))
+                return None
+            late = time_left() < max(LEAD_S, LEAD * self.save_s) + took
+            asked = bool(self.ranks.sum(torch.tensor([float(stop.asked or late)])))
             halt = asked or any(alarm.bound.action == "stop" for alarm in rung)
             if plan.saves_at(done, rates.steps) or halt:
+                self.sound = self.sound if branch else done
                 self._save(done, guarded)
-                self.sound = self.sound if rung else done
             if halt and done < rates.steps:
                 self._settle(final=True)
                 texts = [alarm.text for alarm in rung if alarm.bound.action == "stop"]
                 stopped = texts[0] if texts else None
                 return Result(checkpoint=last_checkpoint(self.folder, done), finished=False, stopped=stopped)
-            if any(alarm.bound.action == "branch" for alarm in rung) and self.turned is None and self.sound:
-                self._settle(final=False)
-                self._turn(max(1, rates.decay_steps))
-                return None
         self._settle(final=True)
         return Result(checkpoint=last_checkpoint(self.folder, rates.steps), finished=True)
 
@@ -273,64 +303,22 @@ class _Run:
             [self.sample(first + (place if counts else 0)) for place, counts in zip(places, real, strict=True)], real
         )
 
-    def _log(
-        self, taken: Step, done: int, rates: Schedule, verdict: guard.Verdict, skipped: int, seconds: float
-    ) -> None:
-        plan = self.plan
-        tokens = plan.global_batch * plan.sequence_length
-        line: dict[str, Any] = {
-            "step": done,
-            "tokens": done * tokens,
-            "loss": taken.loss,
-            "lr": plan.lr * rates.factor(done - 1),
-            "grad_norm": taken.grad_norm,
-        }
-        if len(self.corpora) > 1:
-            counts = taken.counts.tolist()
-            means = zip(self.corpora, taken.losses.tolist(), counts, strict=True)
-            line["losses"] = {name: total / count for name, total, count in means if count}
-        if skipped:
-            line["skipped"] = skipped
-        if verdict.skip:
-            line["skip"] = verdict.reason
-            self.report({"event": "warning", "text": f"step {done} skipped: {verdict.reason}"})
-        peak = measure.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        timing = measure.speed(tokens, seconds, flops_a_token=self.flops, devices=self.ranks.world_size, peak=peak)
-        self.log.write(line, {**timing, **measure.peak_memory(), **self._saved()})
-        if self.ranks.first:
-            speed = {"tokens_per_second": tokens / seconds}
-            self.report({"event": "step", "step": done, "steps": rates.steps, "loss": taken.loss, **speed})
-
-    def _evaluate(self, step: int) -> list[alarms.Alarm]:
+    def _evaluate(self, step: int) -> list[Alarm]:
         """Score held-out text, log it, and return the alarms that ring."""
         self.watchdog.progress()
         self.engine.model.eval()
         found = dict(self.evaluate(self.engine.model, self.engine.readers))
-        self.log.write({"step": step, "tokens": step * self._tokens(), "evaluation": found})
-        if not self.bounds:
-            return []
-        now = alarms.bits_per_byte(found)
-        if not self.first_scores:
-            self.first_scores = now
-        rung = alarms.check(self.bounds, self.first_scores, now)
-        for alarm in rung if self.ranks.first else []:
-            self.report({"event": "warning", "text": f"step {step}: {alarm.text}"})
-        return rung
-
-    def _tokens(self) -> int:
-        """Tokens of a step."""
-        return self.plan.global_batch * self.plan.sequence_length
+        return self.record.evaluation(step, found, self.engine.weights() if self.record.grown else None)
 
     def _save(self, done: int, guarded: guard.State) -> None:
         self._settle(final=False)
         state = {
-            "tokens": done * self._tokens(),
+            "tokens": done * self.plan.global_batch * self.plan.sequence_length,
             "samples": done * self.plan.global_batch,
             "seed": self.seed,
-            "extra": {"guard": guard.as_plain(guarded), "tracker": self.log.state()},
+            "extra": {"guard": guard.as_plain(guarded), "sound": self.sound, **self.record.state()},
         }
-        files = {**self.files, METRICS: self.log.content()}
-        self.engine.save(self.checkpoints, f"step-{done:08d}", state, files)
+        self.engine.save(self.checkpoints, f"step-{done:08d}", state, {**self.files, **self.record.files()})
 
     def _settle(self, *, final: bool) -> None:
         """Learn how the last save ended; a run goes on without it, unless it was the last."""
@@ -339,6 +327,7 @@ class _Run:
         for outcome in outcomes:
             if outcome.complete:
                 self._last_save = outcome.record
+                self.save_s = max(self.save_s, outcome.blocked_s + outcome.written_s)
             if outcome.error is not None and self.ranks.first:
                 what = "saved, but" if outcome.complete else "not saved:"
                 self.report({"event": "warning", "text": f"{what} {outcome.error}"})
@@ -347,32 +336,15 @@ class _Run:
 
     _last_save: Mapping[str, float] | None = None
 
-    def _saved(self) -> dict[str, Any]:
+    def _saved(self) -> Mapping[str, float] | None:
         """Return the times of a save that ended since the last step, for the log."""
         found, self._last_save = self._last_save, None
-        return {} if found is None else {"save": dict(found)}
+        return found
 
     def _turn(self, steps: int) -> None:
         """Go back to the last sound checkpoint, to decay from there."""
-        self.engine.close()
         if self.ranks.first:
             write_json(self.folder / BRANCH, {"at": self.sound, "steps": steps})
             clear_after(self.checkpoints, last_checkpoint(self.folder, self.sound))
             self.report({"event": "warning", "text": f"decaying from step {self.sound} over {steps} steps"})
         self.ranks.barrier()
-
-
-def read_lines(data: bytes) -> list[dict[str, Any]]:
-    """Return JSON lines; a last one that a kill cut short is left out."""
-    lines: list[dict[str, Any]] = []
-    for text in data.decode("utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file."""
-    return read_lines(path.read_bytes()) if path.is_file() else []

@@ -7,6 +7,7 @@ Letters: B batch, T tokens, L languages.
 import math
 import resource
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from parallel.gpus import peak_flops as peak_flops
 from parallel.timing import flops_per_token as flops_per_token
 from upscale.factors import AxisGrowth, Recipe, axis_growths
 from upscale.verify import clone_asymmetry
+
+SAMPLED = 1024
+"""Entries of a dim that are looked at for how far copies are apart."""
 
 
 def speed(
@@ -71,6 +75,14 @@ def block_norms(squares: Mapping[str, float], blocks: Mapping[str, str]) -> dict
     return {block: math.sqrt(math.fsum(found)) for block, found in parts.items() if found}
 
 
+def factors_of(provenance: Mapping[str, Any]) -> dict[str, int] | None:
+    """Return the factors by which a model was grown last, from its provenance; None if that was not growing."""
+    recipe = provenance.get("recipe")
+    if provenance.get("verb") != "grow" or not isinstance(recipe, Mapping):
+        return None
+    return {part: recipe.get(part) or recipe.get("width") or 1 for part in _SIZES}
+
+
 def growths_of(recipe: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, tuple[AxisGrowth, ...]]:
     """Return what became of each tensor's dims when a model was grown, from the grown model alone.
 
@@ -108,7 +120,8 @@ def clone_asymmetries(
     blocks: Mapping[str, str],
 ) -> dict[str, float]:
     """Return how far copies are from one another in a grown model by block: the mean over the block's tensors of
-    `upscale.verify.clone_asymmetry`. 0 in all blocks means that the model trains as the small one would.
+    `upscale.verify.clone_asymmetry`. 0 in all blocks means that the model trains as the small one would. Of a dim that
+    did not grow, a vocabulary's, the first SAMPLED entries stand for all.
 
     Args:
         tensors: (name, whole weight), one after the other; each is held no longer than it takes.
@@ -117,7 +130,13 @@ def clone_asymmetries(
     """
     parts: dict[str, list[float]] = {block: [] for block in dict.fromkeys(blocks.values())}
     for name, tensor in tensors:
-        parts[blocks[name]].append(clone_asymmetry(tensor, growths[name]))
+        cut = [growth.size > SAMPLED and growth.copies == 1 for growth in growths[name]]
+        some = tensor[tuple(slice(0, SAMPLED if cuts else None) for cuts in cut)]
+        axes = [
+            replace(growth, size=SAMPLED, run=SAMPLED) if cuts else growth
+            for growth, cuts in zip(growths[name], cut, strict=True)
+        ]
+        parts[blocks[name]].append(clone_asymmetry(some, axes))
     return {block: math.fsum(found) / len(found) for block, found in parts.items() if found}
 
 

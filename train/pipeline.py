@@ -243,6 +243,9 @@ class PipelineEngine:
         losses, norms = total[0] if total else self.ranks.sum(self._sums.clone()), self._norms
         return Step(losses=losses, counts=counts, grad_norm=norms.last, kept=norms.kept, squares=norms.squares)
 
+    def weights(self) -> None:
+        """Return None: no rank has all tensors."""
+
     def save(self, folder: Path, tag: str, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Save a checkpoint; see `train.engine.Engine.save`."""
         self._shards.files = dict(files)

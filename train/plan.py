@@ -9,7 +9,7 @@ from parallel.mesh import Mesh, mesh_of
 from train.alarms import Bound, parse_alarms
 from train.engine import EngineConfig
 from train.guard import Limits
-from train.schedule import Kind, Schedule
+from train.schedule import Kind, Rewarm, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class RunPlan:
     decay: float
     decay_shape: str
     floor: float = 0.0
+    rewarm: tuple[Mapping[str, Any], ...] = ()
+    """Fields of `train.schedule.Rewarm` each."""
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -47,6 +49,7 @@ class RunPlan:
     offload: str = "none"
     recompute: bool = False
     compile: bool = False
+    kernels: str = "auto"
     skip_sigma: float = 6.0
     stop_after: int = 8
     stall_minutes: float = 30.0
@@ -62,6 +65,7 @@ class RunPlan:
             decay=self.decay,
             shape=self.decay_shape,
             floor=self.floor,
+            rewarm=tuple(Rewarm(**each) for each in self.rewarm),
         )
 
     @property
@@ -99,6 +103,6 @@ class RunPlan:
 
 SAME = (
     *("lr", "betas", "eps", "weight_decay", "clip", "precision", "dynamics", "decay_embeddings"),
-    *("zero", "sequence_length", "recompute", "compile"),
+    *("zero", "sequence_length", "recompute", "compile", "kernels"),
 )
 """Fields of the engine's config that a plan has by the same name."""

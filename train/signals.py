@@ -5,8 +5,11 @@ would wait for ranks that got no signal.
 """
 
 import faulthandler
+import math
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -47,3 +50,9 @@ class Watchdog:
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
+
+
+def time_left() -> float:
+    """Return the seconds until SLURM ends this job; inf outside of one, or where it does not say."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) - time.time() if end.isdigit() else math.inf

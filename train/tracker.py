@@ -90,8 +90,8 @@ class Tracker:
         self._id: str | None = None
         if not first:
             return
-        last = max((line["step"] for line in _lines(known)), default=-1)
-        timings = [line for line in _lines(_read(folder / TIMINGS)) if line["step"] <= last]
+        last = max((line["step"] for line in read_lines(known)), default=-1)
+        timings = [line for line in read_lines(_read(folder / TIMINGS)) if line["step"] <= last]
         self._files = [
             JsonLines(folder / METRICS, known),
             JsonLines(folder / TIMINGS, "".join(json.dumps(line) + "\n" for line in timings).encode()),
@@ -173,13 +173,20 @@ def _read(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-def _lines(data: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the lines of JSON; a last one that a kill cut short is left out."""
-    for text in data.splitlines():
+def read_lines(data: bytes) -> list[dict[str, Any]]:
+    """Return JSON lines; a last one that a kill cut short is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in data.decode("utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(text)
+            lines.append(json.loads(text))
         except ValueError:
-            return
+            break
+    return lines
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file."""
+    return read_lines(_read(path))
 
 
 def plain(value: Any) -> Any:

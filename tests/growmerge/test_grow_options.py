@@ -14,7 +14,8 @@ from growmerge.context import Context, Resources
 from growmerge.graph import expand
 from growmerge.tasks import build_tasks
 from growmerge.verbs import do
-from train.loop import last_checkpoint, read_metrics
+from train.loop import last_checkpoint
+from train.tracker import read_metrics
 
 STAGES = """stages:
   seed: {train: {from: scratch, data: first, training: {steps: 12}}}

@@ -20,8 +20,8 @@ from train.data.order import PERIOD, Mixture
 from train.data.staged import Staged
 from train.data.tokenizer import train_tokenizer
 from train.data.tokens import TokenFile, write_tokens
-from train.loop import read_metrics
 from train.plan import RunPlan
+from train.tracker import read_metrics
 
 LENGTH = 16
 WORDS = ["grow", "merge", "north", "sea", "stone", "river", "winter", "light"]
@@ -117,7 +117,7 @@ def test_growmerge_train_reads_replay_from_its_corpus(folder: Path) -> None:
     data = TrainData(folder=folder.name, mixture="replayed")
     config = TrainConfig(name="x", seed=5, model="m", data=data, mixtures=MIXTURES, training=how)
     plan = RunPlan(**vars(how))
-    sample, names, languages = run_samples(config, folder.parent, plan, 400)
+    sample, names, languages, _ = run_samples(config, folder.parent, plan, 400)
     order, files = opened(folder, "replayed")
     same, same_names = samples(order, files, length=LENGTH, documents="masked")
     assert names == same_names and languages == ("swe", "est", "eng")

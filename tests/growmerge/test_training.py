@@ -1,7 +1,11 @@
 """`growmerge train`: a run from its file, its folder, its mistakes; real ranks."""
 
+import contextlib
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +13,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -17,8 +22,8 @@ from growmerge.training import load
 from parallel.errors import InputError
 from train.data.tokenizer import load_tokenizer, train_tokenizer
 from train.data.tokens import write_tokens
-from train.loop import read_metrics
 from train.plan import RunPlan
+from train.tracker import read_metrics
 
 WORDS = [
     *("grow", "merge", "language", "model", "small", "large", "north", "sea"),
@@ -116,10 +121,19 @@ def test_a_run_leaves_a_stock_model_and_a_full_log(whole, home):
         assert min(line["losses"].values()) - 1e-9 <= line["loss"] <= max(line["losses"].values()) + 1e-9
     scored = [line for line in lines if "evaluation" in line]
     assert [line["step"] for line in scored] == [0, 6, 12]
+    assert scored[0]["bits_per_byte"].keys() == {"eng", "swe"}
+    assert all(after < scored[0]["bits_per_byte"][language] for language, after in scored[-1]["bits_per_byte"].items())
+    about = {language: json.loads((home / "data" / f"{language}.json").read_text()) for language in ("eng", "swe")}
+    least, most = sorted(one["bytes"] / one["tokens"] for one in about.values())
+    assert least * steps[-1]["tokens"] <= steps[-1]["bytes"] <= most * steps[-1]["tokens"]
     assert set(scored[0]["evaluation"]["languages"]) == {"eng", "swe"}
     timings = [json.loads(line) for line in (whole / "timings.jsonl").read_text().splitlines()]
     assert [line["step"] for line in timings] == [*range(1, 13)]
     assert all(line["tokens_per_second"] > 0 for line in timings)
+    layers = [f"layers/{layer}/{part}" for layer in (0, 1) for part in ("attention", "mlp")]
+    for line, timing in zip(steps, timings, strict=True):
+        assert sorted(timing["grad_norms"]) == sorted(["embedding", *layers, "norms"])
+        assert math.hypot(*timing["grad_norms"].values()) == pytest.approx(line["grad_norm"], rel=1e-3)
     saves = [line["save"] for line in timings if "save" in line]
     assert saves
     assert all(save["bytes"] > 1e5 for save in saves)
@@ -142,23 +156,88 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on_to_the_same_end(who
     path = write(home, "stopped")
     folder = home / "runs" / "stopped"
     process = start(path)
-    deadline = time.monotonic() + 200
-    while len(losses(folder)) < 5:
-        assert time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    children = subprocess.run(
-        ["pgrep", "-f", "SUBMITIT|submitit.core._submit"], capture_output=True, text=True, check=False
-    ).stdout.split()
-    for pid in children:
-        environment = Path(f"/proc/{pid}/environ")
-        if environment.is_file() and b"SUBMITIT_LOCAL_LOCALID=1\0" in environment.read_bytes():
-            os.kill(int(pid), signal.SIGTERM)  # one rank alone: all agree
+    wait_for(lambda: len(losses(folder)) >= 5, process)
+    os.kill(ranks_at_work(process)[0], signal.SIGTERM)  # one rank alone: all agree
     _, err = process.communicate(timeout=200)
     if process.returncode == 75:
         assert "asked to stop; saved, and the same command goes on from here" in err
         assert len(losses(folder)) < 12
     assert run(path)[0] == 0
     assert losses(folder) == losses(whole)
+
+
+def test_a_killed_rank_ends_the_others_and_the_same_command_goes_on(whole, home, tmp_path):
+    path = write(home, "killed")
+    process = start(path, GROWMERGE_FAULT=f"{tmp_path / 'there'}:step/6")
+    wait_for((tmp_path / "there").is_file, process)
+    (stuck,) = ranks_at_work(process)[:1]
+    os.kill(stuck, signal.SIGKILL)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 60
+    assert re.search(r"^killed: rank \d failed: .*log: ", err, re.MULTILINE), err
+    assert run(path)[0] == 0
+    assert losses(home / "runs" / "killed") == losses(whole)
+
+
+def test_without_progress_it_says_so_and_leaves_the_stacks(home, tmp_path):
+    path = write(home, "stalled", stall_minutes="0.1")
+    code, _, err = run(path, GROWMERGE_FAULT=f"{tmp_path / 'there'}:step/6")
+    assert code == 1
+    found = re.search(r"rank \d failed: no progress for 0:00:06 .* in its log: (\S+)", err)
+    assert found, err
+    assert "most recent call first" in Path(found[1]).read_text()
+
+
+def test_ahead_of_its_jobs_end_it_saves_and_stops(whole, home):
+    path = write(home, "timed")
+    code, _, err = run(path, SLURM_JOB_END_TIME=str(int(time.time()) + 30))
+    assert code == 75, err
+    assert losses(home / "runs" / "timed") == losses(whole)[:1]
+    assert run(path)[0] == 0
+    assert losses(home / "runs" / "timed") == losses(whole)
+
+
+def test_a_full_disk_costs_saves_and_nothing_else(whole, home, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        path = write(home, "full", saves="background")
+        to = ("--workdir", str(disk / "run"))
+        assert run(path, *to, SLURM_JOB_END_TIME=str(int(time.time()) + 30))[0] == 75  # saved after its first step
+        with (disk / "ballast").open("wb") as ballast:
+            ballast.write(bytes(shutil.disk_usage(disk).free - 300_000))
+        code, _, err = run(path, *to)
+        assert code == 1
+        for step in (4, 8, 12):
+            assert f"full: not saved: {disk / 'run' / 'checkpoints' / f'step-{step:08d}'}: no space left" in err, err
+        assert err.splitlines()[-1].endswith("nothing that was complete is lost")
+        assert losses(disk / "run") == losses(whole)  # it went on
+        (disk / "ballast").unlink()
+        assert run(path, *to)[0] == 0
+        assert losses(disk / "run") == losses(whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def wait_for(there, process):
+    deadline = time.monotonic() + 200
+    while not there():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def ranks_at_work(process):
+    """Return the process ids of a command's ranks."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "SUBMITIT_LOCAL_LOCALID" in child.environ() and "submitit.core._submit" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 @pytest.mark.slow
@@ -196,7 +275,29 @@ def test_a_branch_decays_from_the_stable_phase(whole, home):
     assert losses(home / "runs" / "branch") == losses(home / "runs" / "wsd")
 
 
-def test_an_alarm_stops_or_branches(home):
+def test_an_alarm_turns_the_run_into_a_branch(home):
+    alarms = {"alarms": "{eng: +0 branch}", "lr": "5", "decay": "4", "skip_sigma": "1000", "evaluate_every": "3"}
+    path = write(home, "branching", checkpoint_every="2", keep="3", **alarms)
+    code, _, err = run(path)
+    assert code == 0, err
+    folder = home / "runs" / "branching"
+    assert "decaying from step 2 over 4 steps" in err
+    assert json.loads((folder / "branch.json").read_text()) == {"at": 2, "steps": 4}
+    rates = [line["lr"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    assert rates == pytest.approx([2.5, 5, 5, 3.75, 2.5, 1.25])
+    whole = losses(folder)
+
+    # As a kill before the alarm leaves it: the checkpoint that it resumes from is the one to branch off from.
+    for name in ("model", "branch.json", "run.json", "checkpoints/step-00000004", "checkpoints/step-00000006"):
+        gone = folder / name
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
+    assert sorted(one.name for one in (folder / "checkpoints").glob("step*")) == ["step-00000002"]
+    code, _, err = run(path)
+    assert "decaying from step 2 over 4 steps" in err
+    assert losses(folder) == whole
+
+
+def test_an_alarm_stops_a_run(home):
     path = write(home, "alarm", alarms="{eng: +0 stop}", lr="5", decay="0", skip_sigma="1000", evaluate_every="3")
     code, _, err = run(path)
     assert code == 0, err
@@ -223,6 +324,12 @@ def test_an_alarm_stops_or_branches(home):
             "pipeline parallelism (pp 2) does not work with ZeRO-3: use zero: 1, or pp: 1",
         ),
         ("steps: 12", "steps: 12\n  tp: 2\n  sp: 2", "cannot be combined: use tp: 4 with sp: 1"),
+        (
+            "steps: 12",
+            "steps: 12\n  rewarm: [{at: 1, steps: 3}]",
+            "training.rewarm.0: has to lie between step 2, the end of the warm-up before, and the end",
+        ),
+        ("steps: 12", "steps: 12\n  rewarm: [{at: 10, steps: 3}]", "try.yaml:10: training.rewarm.0: has to lie"),
         ("steps: 12", "steps: 12\n  tp: 3", "tp 3 x sp 1 x pp 1 = 3 does not divide the 2 ranks"),
         ("{eng: 0.3, swe: 0.7}", "{eng: 0.3, swf: 0.7}", "swf"),
         (

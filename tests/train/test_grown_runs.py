@@ -14,9 +14,12 @@ from tiny import on_ranks, tiny_config
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
 from checkpoint.pickles import load_pickle
+from checkpoint.source import full_box
 from growmerge.schema import Dynamics
 from train.build import DYNAMICS
-from train.loop import last_checkpoint, read_metrics, train
+from train.loop import last_checkpoint, train
+from train.measure import blocks, clone_asymmetries, growths_of
+from train.tracker import read_metrics
 from upscale.factors import Recipe
 from upscale.grow import grow
 
@@ -44,15 +47,15 @@ def small_and_grown(ranks, folder):
     small = replace(CONSTANT, steps=2 * STOP, checkpoint_every=STOP)
     one_run(ranks, folder / "small", lambda: ScratchSource(config=tiny_config(), seed=2), plan=small)
 
-    def grown():
+    def grown(method="symmetric"):
         small = open_checkpoint(last_checkpoint(folder / "small", STOP))
         once = grow(small, Recipe(width=2, method="symmetric", state="scaled"))
-        return grow(once, Recipe(ffn=3, method="symmetric", state="scaled"))
+        return grow(once, Recipe(ffn=3, method=method, state="scaled"))
 
     preserve = replace(CONSTANT, dynamics="preserve")
     one_run(ranks, folder / "scaled", grown, first=STOP, plan=preserve, keep_optimizer=True)
     one_run(ranks, folder / "reset", grown, first=STOP, plan=preserve)
-    one_run(ranks, folder / "free", grown, first=STOP, keep_optimizer=True)
+    one_run(ranks, folder / "free", lambda: grown("exact-split"), first=STOP, keep_optimizer=True)
     for name in ("scaled", "reset"):  # as a kill in step 5 or 6 leaves it
         if ranks.first:
             shutil.copytree(folder / name, folder / f"{name}-cut")
@@ -97,6 +100,28 @@ def test_a_grown_run_goes_on_as_the_small_one_and_resumes_bit_for_bit(tmp_path):
             for number, moments in theirs["state"].items():
                 for key, value in moments.items():
                     assert torch.equal(ours["state"][number][key], value), (number, key)
+
+    # How far the copies are apart is logged: not at all where the parts are equal; else as in the checkpoint.
+    apart = {
+        name: [
+            line["clone_asymmetry"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" not in line
+        ]
+        for name in ("scaled", "free")
+    }
+    assert len(apart["scaled"]) == 2
+    assert max(value for line in apart["scaled"] for value in line.values()) < 1e-4
+    source, line = ends["free"], apart["free"][1]
+    growths = growths_of({"ffn": 3}, source.config)
+    assert line == pytest.approx(clone_asymmetries(whole_weights(source), growths, blocks(source.config)), rel=1e-3)
+    assert line["layers/1/mlp"] > 0.01
+
+
+def whole_weights(source):
+    for name, info in source.infos.items():
+        if info.tied_to is None:
+            out = torch.empty(info.shape)
+            source.read(name, full_box(info.shape), {"master": out})
+            yield name, out.detach()
 
 
 def test_a_pipeline_file_names_the_engines_dynamics():

@@ -20,9 +20,10 @@ from parallel.errors import InputError
 from train.batch import Sample
 from train.checkpointing import clear_after, newest
 from train.data.readers import Document
-from train.loop import read_metrics, train
+from train.loop import train
 from train.plan import RunPlan
 from train.schedule import wsd
+from train.tracker import read_metrics
 
 PLAN = RunPlan(
     steps=6,
@@ -168,6 +169,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     )
     (error,) = on_ranks(tmp_path, 1, go, str(tmp_path / "short"), replace(plan, steps=4))
     assert "the loss is not finite at the last step (4)" in str(error)
+
+
+def test_a_plan_warms_up_again():
+    rates = replace(PLAN, steps=20, rewarm=({"at": 8, "steps": 4, "start": 0.5},)).rates
+    assert [rates.factor(step) for step in range(6, 13)] == pytest.approx([1, 1, 0.625, 0.75, 0.875, 0.9, 0.8])
 
 
 def test_schedule_is_wsd():
