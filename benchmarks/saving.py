@@ -52,7 +52,7 @@ def work(rank: int, world: int, folder: str, millions: int) -> None:
     from checkpoint.memory import ScratchSource
     from parallel.ranks import connect
     from train.batch import plain_batch
-    from train.checkpointing import ShardEngine
+    from train.checkpointing import ShardEngine, shard_bytes
     from train.engine import Engine, EngineConfig
 
     ranks = connect(rank, world, rendezvous=Path(f"{folder}/meet-{world}"))
@@ -68,7 +68,7 @@ def work(rank: int, world: int, folder: str, millions: int) -> None:
     )
     engine = Engine(ScratchSource(config=config(millions), seed=0), how, ranks)
     running, saves = engine._engine, Path(folder) / f"saves-{world}"
-    ours = ShardEngine(engine.topology, ranks, background=True)
+    ours = ShardEngine(ranks, expected=shard_bytes(engine.topology), background=True)
     running._configure_checkpointing()  # DeepSpeed's own engine instead of the one that training sets
     own = running.checkpoint_engine
     batch = plain_batch(torch.randint(0, 30000, (BATCH, LENGTH + 1)))

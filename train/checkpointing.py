@@ -33,16 +33,29 @@ def shard_bytes(topology: Topology) -> int:
     return 4 * len(STATE_SLOTS) * elements + 2**20
 
 
+def file_bytes(elements: int, *, zero: int, ranks: int, width: int, first: bool) -> int:
+    """Return the bytes that a rank's files take with ZeRO 0 to 2: its part of the optimizer's state, all weights once.
+
+    Args:
+        elements: of the weights that this rank computes with.
+        ranks: that ZeRO cuts over.
+        width: bytes of a weight.
+        first: whether this is the rank of them that writes the weights, and with ZeRO-0 all there is.
+    """
+    weights = width * elements if first else 0
+    state = 4 * len(STATE_SLOTS) * -(-elements // ranks) if zero else 8 * elements * first  # ZeRO-0: no masters
+    return weights + state + 2**20
+
+
 class ShardEngine(CheckpointEngine):
     """Writes this rank's shards and, when all ranks have theirs, the manifest and the pointer."""
 
     def __init__(
         self,
-        topology: Topology | None,
         ranks: Ranks,
         *,
         background: bool = False,
-        expected: int | None = None,
+        expected: int = 0,
         patience_s: float = PATIENCE_S,
         keep: int | None = None,
         every: int | None = None,
@@ -50,10 +63,9 @@ class ShardEngine(CheckpointEngine):
         """Make the engine, and in the background the buffers that it copies into.
 
         Args:
-            topology: how ZeRO-3 cuts the model over the data-parallel ranks; None with a lower stage.
             background: a save copies and returns, and `settle` tells how it ended; otherwise it returns when the
                 checkpoint is complete, and raises if it is not.
-            expected: bytes of this rank's shards; None: what the topology gives.
+            expected: bytes of this rank's shards (`shard_bytes`, `file_bytes`), as far as they are known.
             patience_s: see `train.saver.PATIENCE_S`.
             keep: with it a complete checkpoint has the older ones pruned, in the background too.
             every: see `prune`.
@@ -64,11 +76,8 @@ class ShardEngine(CheckpointEngine):
         """Small files of a checkpoint, of rank 0."""
         self.own_files: dict[str, bytes] = {}
         """Small files of a checkpoint that this rank alone has; no other may have one of the same name."""
-        self._topology = topology
         self._ranks = ranks
         self._weights_cut = False
-        if expected is None:
-            expected = 0 if topology is None else shard_bytes(topology)
         self.saver = Saver(
             ranks,
             background=background,

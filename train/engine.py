@@ -24,7 +24,7 @@ from parallel.mesh import Mesh, check_model
 from parallel.ranks import Ranks, Readers, device, readers
 from train.batch import Batch, count_tokens
 from train.build import build_model, parameter_groups, partition_config
-from train.checkpointing import ShardEngine
+from train.checkpointing import ShardEngine, file_bytes, shard_bytes
 from train.fill import check_names, fill_partitions, fill_plain, fill_zero3
 from train.loss import FLASH, attention, give_losses, use_kernels
 from train.norms import Keep, watch_norms
@@ -164,6 +164,17 @@ def owned(source: Source) -> tuple[str, ...]:
     return tuple(name for name, info in source.infos.items() if info.tied_to is None)
 
 
+def bytes_of_files(model: torch.nn.Module, config: EngineConfig, mesh: Mesh, ranks: Ranks) -> int:
+    """Return the bytes that this rank's files of a checkpoint take, with ZeRO 0 to 2."""
+    return file_bytes(
+        sum(parameter.numel() for parameter in model.parameters()),
+        zero=config.zero,
+        ranks=mesh.dp * mesh.sp,
+        width=2 if config.precision == "bfloat16" else 4,
+        first=mesh.data_rank(ranks.rank) == mesh.sequence_rank(ranks.rank) == 0,
+    )
+
+
 def apply_settings(optimizer: Any, config: EngineConfig) -> None:
     """Set this run's settings of every group."""
     for group in optimizer.param_groups:
@@ -227,7 +238,10 @@ class Engine:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
         self._engine = engine
         self.topology = self._live_topology() if config.zero == 3 else None
-        self._shards = ShardEngine(self.topology, ranks, **saving)
+        expected = (
+            bytes_of_files(model, config, self.mesh, ranks) if self.topology is None else shard_bytes(self.topology)
+        )
+        self._shards = ShardEngine(ranks, expected=expected, **saving)
         if config.zero == 3:
             _gather_at_once(engine.optimizer.persistent_parameters)
         self._cuts = cuts_of(source, mesh.tp) if mesh.tp > 1 else {}

@@ -25,6 +25,7 @@ from train.engine import (
     EngineConfig,
     Step,
     apply_settings,
+    bytes_of_files,
     deepspeed_config,
     forget_groups,
     import_deepspeed,
@@ -189,7 +190,7 @@ class PipelineEngine:
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
         self._engine = engine
-        self._shards = ShardEngine(None, ranks, **saving)
+        self._shards = ShardEngine(ranks, expected=bytes_of_files(module, config, self.mesh, ranks), **saving)
         self._shards.attach(engine)
         names = {parameter: name for name, parameter in named.items()}
         self._norms = watch_norms(engine, config.zero, names, owned(source), ranks, self.mesh)

@@ -97,7 +97,7 @@ class Saver:
         self._ranks = ranks
         self._patience_s = patience_s
         self._published = published
-        self._size = expected * ranks.world_size
+        self._size = sum(ranks.gather(expected))
         self._save: _Save | None = None
         self._pending: _Save | None = None
         self._begun = 0

@@ -127,10 +127,10 @@ def in_the_background(ranks, folder):
         engine, own = deepspeed_engine(ranks, zero)
         step(engine, ranks, 0)
         save(engine, Path(folder) / "theirs", str(zero))
-        ShardEngine(None, ranks).attach(engine)
+        ShardEngine(ranks).attach(engine)
         save(engine, Path(folder) / "now", str(zero))
         detach(engine, own)
-        shards = ShardEngine(None, ranks, background=True, keep=3)
+        shards = ShardEngine(ranks, background=True, keep=3)
         shards.attach(engine)
         shards.files, shards.own_files = {"config.json": b"{}"}, {f"rng-{ranks.rank}": bytes([ranks.rank])}
         save(engine, place, "step-1")
