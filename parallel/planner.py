@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.sizes import PERSISTENT, Setup, Sizes, layer_activations, sizes_of
+from parallel.sizes import PERSISTENT, Setup, Sizes, layer_activations, sizes_of, tokens_a_chunk
 
 ALL_REDUCE = 5 * 10**8
 """Elements that ZeRO-0, and ZeRO-1 in bfloat16, reduce at once (DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE)."""
@@ -202,15 +202,17 @@ def _at_gather(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
 def _at_loss(sizes: Sizes, setup: Setup, stage: _Stage) -> dict[str, int]:
     """Return what is held beside the rest when the loss is differentiated.
 
-    Logits: log-probabilities, their gradient, and that of the logits, each [B, T, V] in float32. Weights are gathered
-    that are used again within REUSE elements: the last layers, on the way there and back.
+    Logits: log-probabilities, their gradient, and that of the logits, each [B, T, V] in float32, or of a chunk of the
+    tokens, but in a pipeline. Weights are gathered that are used again within REUSE elements: the last layers, on the
+    way there and back.
     """
     if not stage.scores:
         return _in_layer(sizes, setup, stage)
+    at_once = setup.tokens if setup.mesh.pp > 1 else tokens_a_chunk(sizes.vocab, setup.tokens)
     final = sizes.hidden * (4 + 2 * setup.width)
     return {
         "activations": _kept(sizes, setup, stage) + setup.tokens * final,
-        "logits and loss": 12 * sizes.vocab * setup.tokens,
+        "logits and loss": 12 * sizes.vocab * at_once,
         "gradients": _summed(setup, stage),
         "gathered weights": _gathered(setup, stage, sizes.embedding + sizes.head + REUSE // 2),
     }

@@ -13,6 +13,8 @@ PERSISTENT = 10**6
 """ZeRO-3 leaves tensors of up to so many elements whole on every rank; as `train.engine.PERSISTENT`."""
 BUCKET = 5 * 10**7
 """Elements of the buffer that gradients are reduced from; as `train.engine.BUCKET`."""
+CHUNK = 2**28
+"""Bytes of the logits in float32 that are computed at once, where more than two such chunks are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,3 +165,8 @@ def layer_activations(sizes: Sizes, width: int, *, sequence_parallel: bool = Fal
     if sizes.head_norms:
         norms += (sizes.query + sizes.key) * (4 + 2 * width)
     return width * 4 * sizes.ffn + attention + norms
+
+
+def tokens_a_chunk(vocab: int, tokens: int) -> int:
+    """Return of how many of a pass' tokens the logits are computed at once."""
+    return tokens if 4 * vocab * tokens <= 2 * CHUNK else max(1, CHUNK // (4 * vocab))

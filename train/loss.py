@@ -14,14 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from parallel.families import family_of
-
-CHUNK = 2**28
-"""Bytes of a chunk's logits in float32; more than two chunks are not computed at once."""
-
-
-def tokens_a_chunk(vocab: int, tokens: int) -> int:
-    """Return of how many tokens logits are computed at once."""
-    return tokens if 4 * vocab * tokens <= 2 * CHUNK else max(1, CHUNK // (4 * vocab))
+from parallel.sizes import tokens_a_chunk
 
 
 def give_losses(model: Any, config: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
+import parallel.sizes
 import train.loss
 from checkpoint.memory import ScratchSource
 from eval.model import load_model
@@ -13,7 +14,7 @@ B, T, V = 3, 7, 131
 
 @pytest.fixture(autouse=True)
 def chunk(monkeypatch):
-    monkeypatch.setattr(train.loss, "CHUNK", 4 * V * 5)  # five tokens
+    monkeypatch.setattr(parallel.sizes, "CHUNK", 4 * V * 5)  # five tokens
 
 
 def losses_and_gradients(model, **targets):
@@ -56,7 +57,7 @@ def test_chunks_give_the_same_losses_and_gradients(config, heads):
 
 
 def test_few_logits_are_computed_whole(monkeypatch):
-    monkeypatch.setattr(train.loss, "CHUNK", 4 * V * B * T)
+    monkeypatch.setattr(parallel.sizes, "CHUNK", 4 * V * B * T)
     source = ScratchSource(config=tiny_config(), seed=1)
     model = load_model(source)
     train.loss.give_losses(model, source.config)
@@ -72,4 +73,4 @@ def test_few_logits_are_computed_whole(monkeypatch):
 )
 def test_a_chunk_of_logits_is_a_quarter_of_a_gigabyte(monkeypatch, vocab, tokens, expected):
     monkeypatch.undo()
-    assert train.loss.tokens_a_chunk(vocab, tokens) == expected
+    assert parallel.sizes.tokens_a_chunk(vocab, tokens) == expected

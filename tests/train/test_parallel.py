@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import on_ranks, tiny_config
 
-import train.loss
+import parallel.sizes
 from checkpoint.memory import ScratchSource
 from eval.model import load_model
 from parallel.mesh import Mesh, mesh_of
@@ -23,7 +23,7 @@ def losses(ranks, variants, folder):
     found = {}
     for name, (given, model) in variants.items():
         changes = dict(given)
-        train.loss.CHUNK = changes.pop("chunk", WHOLE)
+        parallel.sizes.CHUNK = changes.pop("chunk", WHOLE)
         mesh = changes.get("mesh", Mesh())
         mesh = mesh_of(ranks.world_size, zero=changes.get("zero", 3), tp=mesh.tp, sp=mesh.sp, pp=mesh.pp)
         dp = mesh.dp
