@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ import psutil
 from parallel.errors import InputError
 
 Kind = Literal["local", "slurm"]
+NO_CLUSTER = "Could not establish a configuration source"
+"""What SLURM's commands say where they are installed alone, as with a package of the distribution."""
+ANSWER_S = 60.0
+"""Seconds that a scheduler has to answer in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +47,29 @@ def choose(wanted: str) -> Kind:
     """Return the executor that `auto`, `local` or `slurm` means on this machine.
 
     Raises:
-        InputError: slurm is wanted and there is no sbatch.
+        InputError: slurm is wanted and there is no sbatch, or a cluster whose scheduler does not answer.
     """
-    present = shutil.which("sbatch") is not None
-    if wanted == "slurm" and not present:
-        raise InputError("--executor slurm: no sbatch on PATH; run on a login node of the cluster, or use local")
-    return "slurm" if wanted == "slurm" or (wanted == "auto" and present) else "local"
+    if wanted == "local":
+        return "local"
+    if shutil.which("sbatch") is None:
+        problem: str | None = "no sbatch on PATH"
+    else:
+        problem = _unanswered()
+        if problem is not None and NO_CLUSTER not in problem:
+            # A scheduler that is down for a minute is no reason to train on its login node.
+            raise InputError(f"SLURM does not answer ({problem}): try again, or use --executor local")
+    if problem is not None and wanted == "slurm":
+        raise InputError(f"--executor slurm: {problem}; run on a login node of the cluster, or use local")
+    return "slurm" if problem is None else "local"
+
+
+def _unanswered() -> str | None:
+    """Return the scheduler's last words if it cannot be asked, else None."""
+    try:
+        asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False, timeout=ANSWER_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"sinfo: {error}"
+    return None if asked.returncode == 0 else (asked.stderr.strip().splitlines() or ["sinfo failed"])[-1]
 
 
 def submit(job: Job, kind: Kind, folder: Path) -> Any:

@@ -171,6 +171,7 @@ class _Run:
             background=self._in_background(source),
             keep=self.plan.keep,
             every=self.plan.keep_every,
+            patience_s=self.plan.patience_s,
         )
         del source  # and with it the mapping of files that are pruned later
         self.watchdog = Watchdog(self.plan.stall_minutes)

@@ -9,6 +9,7 @@ from parallel.mesh import Mesh, mesh_of
 from train.alarms import Bound, parse_alarms
 from train.engine import EngineConfig
 from train.guard import Limits
+from train.saver import PATIENCE_S
 from train.schedule import Kind, Rewarm, Schedule
 
 
@@ -67,6 +68,11 @@ class RunPlan:
             floor=self.floor,
             rewarm=tuple(Rewarm(**each) for each in self.rewarm),
         )
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds that a save is waited for: less than what counts as no progress."""
+        return min(PATIENCE_S, 60 * self.stall_minutes / 2) if self.stall_minutes else PATIENCE_S
 
     @property
     def limits(self) -> Limits:

@@ -297,6 +297,21 @@ def test_an_alarm_turns_the_run_into_a_branch(home):
     assert losses(folder) == whole
 
 
+def test_forgetting_rings_the_alarm_and_replay_keeps_it_still(whole, home):
+    """The model knows both languages; trained on one alone it forgets the other."""
+    text = FILE.replace(FILE[FILE.index("shape:") : FILE.index("data:")], "model: runs/whole/model\n").replace(
+        "mixtures: {", "mixtures: {alone: {swe: 1}, "
+    )
+    found = {}
+    for mixture in ("alone", "both"):
+        path = write(home, f"on-{mixture}", text.replace("mixture: both", f"mixture: {mixture}"), alarms="{eng: +0.05}")
+        code, _, err = run(path)
+        assert code == 0, err
+        found[mixture] = [line for line in err.splitlines() if "the alarm is at +0.05" in line]
+    assert found["alone"] and not found["both"], found
+    assert re.search(r"step \d+: eng: \d\.\d+ bits per byte held out, \+\d\.\d+, \+\d", found["alone"][0])
+
+
 def test_an_alarm_stops_a_run(home):
     path = write(home, "alarm", alarms="{eng: +0 stop}", lr="5", decay="0", skip_sigma="1000", evaluate_every="3")
     code, _, err = run(path)

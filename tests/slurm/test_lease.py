@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -72,7 +73,25 @@ def test_slurm_without_sbatch_is_refused(monkeypatch, tmp_path):
     assert choose("auto") == choose("local") == "local"
     with pytest.raises(InputError, match="no sbatch on PATH"):
         choose("slurm")
-    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    assert choose("auto") == choose("slurm") == "slurm"
-    assert choose("local") == "local"
+    answers = {
+        "exit 0": ("slurm", "slurm"),
+        "echo 'sinfo: fatal: Could not establish a configuration source' >&2; exit 1": (
+            "local",  # the commands are installed, and there is no cluster
+            "--executor slurm: sinfo: fatal: Could not establish a configuration source; run on a login node",
+        ),
+        "echo first >&2; echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1": (
+            "SLURM does not answer (slurm_load_partitions: Unable to contact slurm controller): try again, or use",
+            "SLURM does not answer (slurm_load_partitions: Unable to contact slurm controller)",
+        ),
+    }
+    for answer, expected in answers.items():
+        for name, lines in {"sbatch": "", "sinfo": answer}.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+            (tmp_path / name).chmod(0o755)
+        assert choose("local") == "local"
+        for wanted, outcome in zip(("auto", "slurm"), expected, strict=True):
+            if outcome in ("slurm", "local"):
+                assert choose(wanted) == outcome
+            else:
+                with pytest.raises(InputError, match=re.escape(outcome)):
+                    choose(wanted)
