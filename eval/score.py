@@ -120,11 +120,15 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[Request]) -> list[np.nd
     wanted = torch.cat(targets).to(device)  # [S]
     head = model.get_output_embeddings()
     step = max(1, LOGITS // model.config.vocab_size)
+    divisor = getattr(model.config, "logits_scaling", None) or 1.0
+    cap = getattr(model.config, "final_logit_softcapping", None)
     logprobs = torch.empty(len(wanted), dtype=torch.float64, device=device)
     for start in range(0, len(wanted), step):
         piece = slice(start, start + step)
         logits = head(hidden[piece])  # [S, V]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / divisor
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
         chosen = logits.gather(1, wanted[piece, None]).squeeze(1)
         logprobs[piece] = chosen - logits.logsumexp(dim=1)
     return np.split(logprobs.cpu().numpy(), np.cumsum(sizes)[:-1])

@@ -72,17 +72,27 @@ def partition_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any
     kinds: dict[str, list[str]] = {"column": [], "row": []}
     for row in family.rows:
         if row.split in kinds and not (row.split == "row" and row.kind == "bias"):
-            kinds[row.split].append(".*" + re.escape(row.name).replace(re.escape("{layer}"), r"\d+") + "$")
+            kinds[row.split].append(_pattern(row.name))
     specs: list[dict[str, Any]] = [{"patterns": names, "partition_type": kind} for kind, names in kinds.items()]
+    # Norms of single heads: every rank has the whole weight, and a gradient of its own heads alone.
+    heads = [row.name for row in family.rows if row.kind in NORMS and row.axes == ("head_dim",)]
+    if heads:
+        specs.append({"patterns": [_pattern(name) for name in heads], "partition_type": "skip", "grad_allreduce": True})
     if not family.is_tied(config):
         specs.append({"patterns": [r".*lm_head\.weight$"], "partition_type": "column", "gather_output": True})
     return {"use_default_specs": False, "layer_specs": specs}
+
+
+def _pattern(name: str) -> str:
+    return ".*" + re.escape(name).replace(re.escape("{layer}"), r"\d+") + "$"
 
 
 def build_model(
     config: Mapping[str, Any], ds_config: Mapping[str, Any], mesh: Mesh | None = None, attention: str = "sdpa"
 ) -> torch.nn.Module:
     """Build the stock transformers model for DeepSpeed; weights are not set.
+
+    With sdpa attention is the model's own choice: Gemma 2's caps its scores, which sdpa cannot.
 
     With ZeRO-3 every parameter is cut over the ranks as it is made. With tensor parallelism a matrix has no storage:
     AutoTP cuts it, and ZeRO-3 gives its piece room.
@@ -94,7 +104,9 @@ def build_model(
     hf_config.use_cache = False
     tensor_parallel = mesh is not None and mesh.tp > 1
     with _placement(ds_config, tensor_parallel), no_init_weights():
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.float32, attn_implementation=None if attention == "sdpa" else attention
+        )
     if tensor_parallel:
         _give_shape_alone(model, _dtype(ds_config))
     model.tie_weights()
@@ -103,6 +115,12 @@ def build_model(
         for name, child in module.named_children():
             if "rotary" in name:
                 setattr(module, name, type(child)(config=hf_config))
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # such as a factor of the embedding
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True
+            model._init_weights(module)
     return model
 
 

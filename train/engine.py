@@ -314,7 +314,9 @@ class Engine:
         scored = round(float(counts.sum()))
         sums = torch.zeros(corpora, dtype=torch.float64)
         # DeepSpeed averages over ranks and passes; undone here, so that the loss is a mean over tokens at any topology.
-        scale = self.mesh.dp * self.mesh.sp * self.config.accumulation / scored
+        # Among a sequence's ranks ZeRO-3 averages too, and ZeRO-1 and 2 add up.
+        averaged = self.mesh.dp * (self.mesh.sp if self.config.zero == 3 else 1)
+        scale = averaged * self.config.accumulation / scored
         for number, batch in enumerate(batches):
             losses = self._losses(batch)
             sums.index_add_(0, batch.corpus, losses.detach().double().sum(1).cpu())

@@ -100,19 +100,24 @@ def watch_norms(
         norms = Norms(tensors, _weights(optimizer, groups, names), ranks)
 
         def norm_groups() -> list[torch.Tensor]:
-            return [_signed(norms.judge(given(partitions(optimizer.fp16_groups, optimizer.offload_optimizer))))]
+            found = norms.judge(given(partitions(optimizer.fp16_groups, optimizer.offload_optimizer)))
+            return [_signed(found, optimizer.offload_optimizer)]
 
         optimizer._get_norm_groups = norm_groups
     elif hasattr(optimizer, "params_in_partition"):
         norms = Norms(tensors, _weights(optimizer, enumerate(optimizer.bit16_groups), names), ranks)
 
         def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-            return _signed(norms.judge(given(partitions(optimizer.params_in_partition, optimizer.cpu_offload))))
+            found = norms.judge(given(partitions(optimizer.params_in_partition, optimizer.cpu_offload)))
+            return _signed(found, optimizer.cpu_offload)
 
         optimizer.scaled_global_norm = scaled_global_norm
+        _watch_partitions(optimizer)
     elif hasattr(optimizer, "fp32_groups_flat_partition"):
         if any(group["norm_weight"] != 1.0 for group in optimizer.param_groups):
             raise InputError("dynamics: preserve needs zero: 2 or 3 in bfloat16: ZeRO-1 weighs no norms")
+        if mesh.sp > 1:
+            optimizer.mpu = None  # its own norm would be taken over the ranks of a sequence, all but the first empty
         norms = Norms(tensors, {}, ranks)
 
         def whole() -> Iterator[tuple[Any, torch.Tensor]]:
@@ -140,8 +145,28 @@ def _weights(
     return {names[parameter]: weights[index] for index, group in groups for parameter in group}
 
 
-def _signed(norm: float) -> torch.Tensor:
-    return torch.tensor(norm if math.isfinite(norm) else INVALID, device=device())
+def _signed(norm: float, offload: bool) -> torch.Tensor:
+    """Return a norm as DeepSpeed takes it: where the gradients lie."""
+    return torch.tensor(norm if math.isfinite(norm) else INVALID, device="cpu" if offload else device())
+
+
+def _watch_partitions(optimizer: Any) -> None:
+    """DeepSpeed's ZeRO-1 and 2: let the norm alone decide, and have gradients that are not stepped with forgotten.
+
+    It looks for infinite gradients before it takes the norm, and returns without one; and with offload it would add a
+    skipped step's gradients to the next one's (0.19.8).
+    """
+    step = optimizer.step
+
+    def forgetful_step(*given: Any, **named: Any) -> Any:
+        found = step(*given, **named)
+        if optimizer.overflow:
+            for index in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[index] = None
+        return found
+
+    optimizer.check_overflow = lambda *_, **__: None
+    optimizer.step = forgetful_step
 
 
 def _watch_bf16(optimizer: Any, judge: Callable[[], float]) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -170,10 +171,19 @@ class PipelineEngine:
         self.ranks = ranks
         self.mesh = Mesh(dp=ranks.world_size // config.mesh.pp, pp=config.mesh.pp)
         check_model(self.mesh, source.config, config.sequence_length or 1)
+        if config.compile:
+            raise InputError("compile: DeepSpeed's pipeline does not compile: leave it out, or use tp")
+        if source.family.is_tied(source.config) and config.offload and config.precision == "bfloat16":
+            raise InputError(
+                "offload: in a pipeline DeepSpeed does not add up a tied embedding's gradients that lie on the CPU in "
+                "bfloat16: use offload: none, precision: float32, or tp"
+            )
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
         )
-        self._vocab = source.config["vocab_size"]
+        self._config = SimpleNamespace(
+            vocab_size=source.config["vocab_size"], max_position_embeddings=source.config["max_position_embeddings"]
+        )
         self._scale = 1.0
         self._sums = torch.zeros(1, dtype=torch.float64)
         module = build_pipeline(source.config, self.mesh.pp, self._loss, recompute=config.recompute)
@@ -202,7 +212,7 @@ class PipelineEngine:
     @property
     def model(self) -> "PipelineModel":
         """What evaluation calls; the ranks of one pipeline call it together, with the same text."""
-        return PipelineModel(self._engine, self._vocab)
+        return PipelineModel(self._engine, self._config)
 
     @property
     def readers(self) -> Readers:
@@ -275,19 +285,28 @@ def _micro_batches(batches: Sequence[Batch]) -> Iterator[tuple[Any, Any]]:
 
 
 class PipelineModel:
-    """A pipeline as evaluation sees a model: token ids in, logits out, on every rank of the pipeline."""
+    """A pipeline as evaluation sees a model: token ids in, logits out, on every rank of the pipeline.
 
-    def __init__(self, engine: Any, vocab: int) -> None:
+    Its last hidden states are the logits, and its head leaves them as they are.
+    """
+
+    def __init__(self, engine: Any, config: Any) -> None:
         self._engine = engine
-        self._vocab = vocab
+        self.config = config
+        self.device = device()
         self.training = False
 
     def eval(self) -> "PipelineModel":
         return self
 
-    def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        from types import SimpleNamespace
+    @property
+    def base_model(self) -> "PipelineModel":
+        return self
 
+    def get_output_embeddings(self) -> nn.Module:
+        return nn.Identity()
+
+    def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
         import deepspeed.comm as dist
 
         engine = self._engine
@@ -303,7 +322,7 @@ class PipelineModel:
             bcast_loss=False,
             num_micro_batches=1,
         )
-        shape = (*ids.shape, self._vocab)
+        shape = (*ids.shape, self.config.vocab_size)
         found = logits.float() if engine.is_last_stage() else torch.empty(shape, device=ids.device)
         dist.broadcast(found, src=engine._loss_stage_global_rank(), group=engine.mpu.get_pipe_parallel_group())
-        return SimpleNamespace(logits=found)
+        return SimpleNamespace(logits=found, last_hidden_state=found)

@@ -62,6 +62,7 @@ def losses(ranks, variants, folder):
 WHOLE, CHUNK = 2**28, 4 * 131 * 5
 """Bytes of logits in a chunk: more than there are, and five tokens of them."""
 UNTIED = {"tie_word_embeddings": False}
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
 MESHES = {
     "zero 0": ({"zero": 0}, {}),
     "zero 1": ({"zero": 1}, {}),
@@ -72,7 +73,11 @@ MESHES = {
     "recompute": ({"recompute": True}, {}),
     "tp": ({"mesh": Mesh(tp=2)}, {}),
     "tp untied": ({"mesh": Mesh(tp=2)}, UNTIED),
+    "tp, norms of heads": ({"mesh": Mesh(tp=2)}, QWEN3),
+    "tp zero 1, norms of heads": ({"mesh": Mesh(tp=2), "zero": 1}, QWEN3),
     "sp": ({"mesh": Mesh(sp=2)}, {}),
+    "sp zero 1": ({"mesh": Mesh(sp=2), "zero": 1}, {}),
+    "sp zero 2": ({"mesh": Mesh(sp=2), "zero": 2}, {}),
     "zero 3, logits in chunks": ({"chunk": CHUNK}, {}),
     "tp untied, recompute, logits in chunks": ({"mesh": Mesh(tp=2), "recompute": True, "chunk": CHUNK}, UNTIED),
     "pp": ({"mesh": Mesh(pp=2), "zero": 1}, {}),
@@ -84,7 +89,7 @@ MESHES = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """By ranks: what each variant trained to. Four ranks have each axis beside two data ranks."""
-    one = {"tied": ({"zero": 0}, {}), "untied": ({"zero": 0}, UNTIED)}
+    one = {"tied": ({"zero": 0}, {}), "untied": ({"zero": 0}, UNTIED), "norms of heads": ({"zero": 0}, QWEN3)}
     one_folder, four_folder = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("four")
     return {
         1: on_ranks(one_folder, 1, losses, one, str(one_folder))[0],
@@ -94,7 +99,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_trains_as_one_rank_does(found, name):
-    reference = found[1]["untied" if "untied" in name else "tied"]
+    reference = found[1][next((kind for kind in ("untied", "norms of heads") if kind in name), "tied")]
     for (loss, norm, squares), (expected, expected_norm, expected_squares) in zip(
         found[4][name][:-1], reference[:-1], strict=True
     ):
