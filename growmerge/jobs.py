@@ -2,23 +2,29 @@
 
 import re
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from growmerge.events import Follower
-from slurm.executor import Job, Kind, dead_ranks, stop, submit
+from slurm.executor import Job, Kind, dead_ranks, stop, submit, tell
+from train.signals import SIGNALS
 
 ALMOST_FULL = 2**18
 """Free bytes below which a death without a message is put down to the disk: a rank could not even say why."""
 STALLED = re.compile(r"^Timeout \((\S+)\)!$", re.MULTILINE)
 """How faulthandler begins when `train.signals.Watchdog` ends a rank."""
+AGAIN = 2.0
+"""Seconds after which ranks are told once more that they are asked to stop."""
 PATIENCE = 5.0
 """Seconds between two looks for dead ranks; one that is dead at both ends the job."""
 
 
-def run_job(job: Job, kind: Kind, folder: Path, events: Path, show: Any, workdir: Path) -> str | None:
+def run_job(
+    job: Job, kind: Kind, folder: Path, events: Path, show: Any, workdir: Path, *, stops: bool = False
+) -> str | None:
     """Run a job, showing its events, and return the line to end with if it failed.
 
     Args:
@@ -26,17 +32,34 @@ def run_job(job: Job, kind: Kind, folder: Path, events: Path, show: Any, workdir
         events: file that the job's first rank appends its events to.
         show: takes events (`event`), keeps time (`tick`), and holds the first bad input (`error`).
         workdir: whose disk may have been full.
+        stops: whether the ranks save and end when they are asked to stop. Then a first SIGTERM or SIGUSR2 is passed on
+            to them, again and again, as one that is still starting has no ear for it; a second one ends the job.
     """
     handle = submit(job, kind, folder)
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in SIGNALS if stops}
+    try:
+        return _follow(handle, kind, events, show, workdir, asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _follow(handle: Any, kind: Kind, events: Path, show: Any, workdir: Path, asked: Sequence[int]) -> str | None:
     follower = Follower(events)
     dead: list[int] = []
-    dead_since = 0.0
+    dead_since = told = 0.0
     try:
         while not handle.done():
             for event in follower.new():
                 show.event(event)
             show.tick()
             now = time.monotonic()
+            if asked and kind == "local" and now - told > AGAIN:
+                told = now
+                tell(handle, signal.Signals(asked[0]))
+            if len(asked) > 1:
+                raise KeyboardInterrupt
             if kind == "local" and now - dead_since > PATIENCE:
                 before, dead, dead_since = dead, dead_ranks(handle), now
                 if dead and dead == before:

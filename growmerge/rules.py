@@ -165,6 +165,10 @@ def training(training: Training) -> Iterator[Problem]:
         yield "warmup", f"{training.warmup} steps of warm-up are more than the run's {training.steps} steps"
     if training.decay > max(1, training.steps or 1) or (training.decay > 1 and training.decay % 1):
         yield "decay", f"{training.decay:g} is no length: a share from 0 to 1, or whole steps of the run's"
+    if training.schedule == "cosine" and any("branch" in str(value) for value in training.alarms.values()):
+        yield "alarms", "a cosine has no stable phase to branch off from: use stop, or schedule: wsd or constant"
+    if training.compile and training.pp > 1:
+        yield "compile", "does not work in a pipeline: use tp, or leave it out"
     earliest = training.warmup
     for number, each in enumerate(training.rewarm):
         if each.at < earliest or (training.steps is not None and each.at + each.steps > training.steps):

@@ -190,7 +190,7 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, executor: s
         )
         with Show({config.name: 0.0}, EventLog(folder / "log.jsonl")) as show:
             show.stage = config.name
-            failed = run_job(job, kind, place, order.events, show, folder)
+            failed = run_job(job, kind, place, order.events, show, folder, stops=True)
             if failed is not None:
                 show.say(failed)
                 return 1

@@ -106,6 +106,13 @@ def submit(job: Job, kind: Kind, folder: Path) -> Any:
             signal.signal(signal.SIGINT, before)
 
 
+def tell(handle: Any, number: signal.Signals) -> None:
+    """Send a signal to all ranks of a job of this machine."""
+    for rank in _ranks(handle).values():
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(number)
+
+
 def stop(handle: Any, kind: Kind) -> None:
     """End a job and wait until it has ended."""
     if kind == "slurm":

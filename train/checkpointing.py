@@ -76,6 +76,7 @@ class ShardEngine(CheckpointEngine):
         """Small files of a checkpoint, of rank 0."""
         self.own_files: dict[str, bytes] = {}
         """Small files of a checkpoint that this rank alone has; no other may have one of the same name."""
+        self.expected = expected
         self._ranks = ranks
         self._weights_cut = False
         self.saver = Saver(

@@ -219,7 +219,7 @@ class Engine:
         )
         self._attention = attention(config.kernels, config.precision)
         model: Any = build_model(source.config, ds_config, self.mesh, self._attention)
-        use_kernels(model, config.kernels)
+        self._take_back_kernels = use_kernels(model, config.kernels)
         give_losses(model, source.config)
         if config.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -344,7 +344,7 @@ class Engine:
         return self._engine(input_ids=inputs, targets=targets, **given).view(shape) * weights
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]] | None:
-        """Return (name, whole weight on the CPU), one after the other; None where ranks have pieces of matrices.
+        """Return (name, whole weight), one after the other; None where ranks have pieces of matrices.
 
         All ranks go through them together.
         """
@@ -355,7 +355,7 @@ class Engine:
 
         for name, parameter in self.model.named_parameters():
             with deepspeed.zero.GatheredParameters(parameter, enabled=self.config.zero == 3):
-                yield name, parameter.detach().cpu()
+                yield name, parameter.detach()
 
     def save(self, folder: Path, tag: str, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Save a checkpoint `folder/tag`: shards by every rank, then the manifest, then the pointer.
@@ -372,6 +372,15 @@ class Engine:
             ours[PARAMETER_NAMES] = [names[parameter] for group in groups for parameter in group["params"]]
         self._engine.save_checkpoint(str(folder), tag=tag, client_state={"growmerge": ours}, save_latest=False)
 
+    @property
+    def expected_bytes(self) -> int:
+        """Bytes of this rank's files of a checkpoint, about."""
+        return self._shards.expected
+
+    def finished(self) -> Outcome | None:
+        """Return what this rank alone knows of the last save, once it has ended."""
+        return self._shards.finished()
+
     def settle(self) -> list[Outcome]:
         """Return how the saves since the last call ended; all ranks together."""
         return self._shards.settle()
@@ -381,6 +390,7 @@ class Engine:
         self._shards.saver.close()
         self._engine.destroy()
         del self._engine
+        self._take_back_kernels()
         if self._sequence is not None:
             self._sequence.close()
         if self.mesh != Mesh(dp=self.mesh.dp):

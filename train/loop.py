@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ Evaluate = Callable[[Any, Ranks], Mapping[str, Any]]
 says how the text is shared: ranks of one place in it have to score the same at the same time."""
 LEAD, LEAD_S = 3.0, 60.0
 """How long before a job's end a run saves and stops: so many times what a save takes, and at least so many seconds."""
+SLOW_DISK = 200e6
+"""Bytes a second that a rank is taken to write before a save has shown how many it does."""
 BRANCH = "branch.json"
 """Where a run that an alarm turned into a decay branch remembers the step that it branched at, and the length."""
 
@@ -95,25 +97,25 @@ def train(
     Raises:
         InputError: bad steps in a row; a last checkpoint that could not be written; a source that does not fit.
     """
-    while True:
-        run = _Run(
-            start=start,
-            plan=plan,
-            sample=sample,
-            ranks=ranks,
-            folder=folder,
-            seed=seed,
-            files=files,
-            evaluate=evaluate,
-            report=report,
-            corpora=corpora,
-            bytes_seen=bytes_seen,
-            about=about,
-        )
-        with StopRequest() as stop:
+    with StopRequest() as stop:
+        while True:
+            run = _Run(
+                start=start,
+                plan=plan,
+                sample=sample,
+                ranks=ranks,
+                folder=folder,
+                seed=seed,
+                files=files,
+                evaluate=evaluate,
+                report=report,
+                corpora=corpora,
+                bytes_seen=bytes_seen,
+                about=about,
+            )
             result = run.go(stop, keep_optimizer=keep_optimizer, branch_from=branch_from)
-        if result is not None:
-            return result
+            if result is not None:
+                return result
 
 
 @dataclass(kw_only=True)
@@ -142,7 +144,9 @@ class _Run:
         self.sound = 0
         """The last step that was saved while no alarm asked for a branch."""
         self.save_s = 0.0
-        """Seconds from the begin of a save to its end, the longest so far."""
+        """Seconds from the begin of a save to its end, the longest so far; before the first one a guess."""
+        self.longest_s = 0.0
+        """Seconds of a step and what comes with it, such as an evaluation, the longest so far."""
 
     def go(self, stop: StopRequest, *, keep_optimizer: bool, branch_from: Path | None) -> Result | None:
         """Train; None when an alarm has turned the run into a branch, which starts anew."""
@@ -156,7 +160,7 @@ class _Run:
         source: Source = fresh(self.start()) if begin is None else open_checkpoint(begin)
         assert found is None or source.run.seed == self.seed, f"seed {source.run.seed}, run of seed {self.seed}"
         rates = self._rates(branch_from)
-        self.record = self._open_record(begin, source)
+        self.record = self._open_record(begin, source, resumes=found is not None)
         if found is not None and source.run.step == rates.steps:
             self.record.close()
             return Result(checkpoint=found, finished=True)
@@ -174,10 +178,13 @@ class _Run:
             patience_s=self.plan.patience_s,
         )
         del source  # and with it the mapping of files that are pruned later
+        self.save_s = self.save_s or self.engine.expected_bytes / SLOW_DISK
         self.watchdog = Watchdog(self.plan.stall_minutes)
         try:
             if begin is None:
+                began = time.perf_counter()
                 self._evaluate(0)
+                self.longest_s = time.perf_counter() - began
             result = self._steps(first, rates, guarded, stop)
         finally:
             self.watchdog.close()
@@ -209,7 +216,7 @@ class _Run:
             rates = rates.branch(self.turned["at"], self.turned["steps"], shape=plan.decay_shape, floor=plan.floor)
         return rates
 
-    def _open_record(self, begin: Path | None, source: Source) -> Record:
+    def _open_record(self, begin: Path | None, source: Source, *, resumes: bool) -> Record:
         known = (begin / METRICS).read_bytes() if begin is not None and (begin / METRICS).is_file() else b""
         tracker = Tracker(
             self.plan.tracker,
@@ -217,7 +224,7 @@ class _Run:
             first=self.ranks.first,
             warn=lambda text: self.report({"event": "warning", "text": text}),
             known=known,
-            state=source.run.extra.get("tracker") if begin is not None else None,
+            state=source.run.extra.get("tracker") if resumes else None,
             config=self.about,
         )
         return Record(
@@ -259,11 +266,14 @@ class _Run:
                 raise InputError(f"the loss is not finite at the last step ({done}): lower the learning rate")
             rung = self._evaluate(done) if plan.evaluates_at(done, rates.steps) else []
             branch = any(alarm.bound.action == "branch" for alarm in rung) and self.turned is None
-            if branch and self.sound:
+            if branch and self._may_branch(rates):
                 self._settle(final=False)
                 self._turn(max(1, rates.decay_steps))
                 return None
-            late = time_left() < max(LEAD_S, LEAD * self.save_s) + took
+            self.longest_s = max(self.longest_s, time.perf_counter() - began)
+            if (ended := self.engine.finished()) is not None:
+                self.save_s = max(self.save_s, ended.blocked_s + ended.written_s)
+            late = time_left() < max(LEAD_S, LEAD * self.save_s) + self.longest_s
             asked = bool(self.ranks.sum(torch.tensor([float(stop.asked or late)])))
             halt = asked or any(alarm.bound.action == "stop" for alarm in rung)
             if plan.saves_at(done, rates.steps) or halt:
@@ -309,7 +319,14 @@ class _Run:
         self.watchdog.progress()
         self.engine.model.eval()
         found = dict(self.evaluate(self.engine.model, self.engine.readers))
-        return self.record.evaluation(step, found, self.engine.weights() if self.record.grown else None)
+        weights = self.engine.weights() if self.record.grown else None
+        return self.record.evaluation(step, found, None if weights is None else self._watched(weights))
+
+    def _watched(self, weights: Iterable[Any]) -> Iterator[Any]:
+        """Let the watchdog know of each tensor that is looked at."""
+        for each in weights:
+            self.watchdog.progress()
+            yield each
 
     def _save(self, done: int, guarded: guard.State) -> None:
         self._settle(final=False)
@@ -341,6 +358,19 @@ class _Run:
         """Return the times of a save that ended since the last step, for the log."""
         found, self._last_save = self._last_save, None
         return found
+
+    def _may_branch(self, rates: Schedule) -> bool:
+        """Return whether the run can decay from its last sound checkpoint; if not, that is said."""
+        why = "no checkpoint yet"
+        if self.sound:
+            try:
+                rates.branch(self.sound, max(1, rates.decay_steps), shape=self.plan.decay_shape, floor=self.plan.floor)
+                return True
+            except InputError as error:
+                why = str(error)
+        if self.ranks.first:
+            self.report({"event": "warning", "text": f"the alarm cannot turn the run into a branch: {why}"})
+        return False
 
     def _turn(self, steps: int) -> None:
         """Go back to the last sound checkpoint, to decay from there."""

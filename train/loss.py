@@ -6,7 +6,8 @@ more. torch's own `linear_cross_entropy` (2.13) and Liger's need a loss in the w
 """
 
 import importlib.util
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,13 +61,20 @@ def attention(kernels: str, precision: str) -> str:
     return FLASH if precision == "bfloat16" and _runs(kernels, "flash_attn") else SDPA
 
 
-def use_kernels(model: Any, kernels: str) -> None:
-    """Have norms, rotary embedding and MLP computed by Liger's kernels (arXiv 2410.10989), where CUDA and Liger are."""
-    if _runs(kernels, "liger_kernel"):
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+def use_kernels(model: Any, kernels: str) -> Callable[[], None]:
+    """Have norms, rotary embedding and MLP computed by Liger's kernels (arXiv 2410.10989), where CUDA and Liger are.
 
-        ours = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # see give_losses
-        _apply_liger_kernel_to_instance(model=model, **ours)
+    Liger patches transformers' module as well, for all models to come: what is returned takes that back.
+    """
+    if not _runs(kernels, "liger_kernel"):
+        return lambda: None
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    patched = vars(sys.modules[type(model).__module__])
+    before = dict(patched)
+    ours = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # see give_losses
+    _apply_liger_kernel_to_instance(model=model, **ours)
+    return lambda: patched.update(before)
 
 
 def _runs(kernels: str, package: str) -> bool:

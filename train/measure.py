@@ -7,7 +7,6 @@ Letters: B batch, T tokens, L languages.
 import math
 import resource
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from upscale.factors import AxisGrowth, Recipe, axis_growths
 from upscale.verify import clone_asymmetry
 
 SAMPLED = 1024
-"""Entries of a dim that are looked at for how far copies are apart."""
+"""Entries of a dim of the small model that are looked at for how far copies are apart."""
 
 
 def speed(
@@ -120,8 +119,8 @@ def clone_asymmetries(
     blocks: Mapping[str, str],
 ) -> dict[str, float]:
     """Return how far copies are from one another in a grown model by block: the mean over the block's tensors of
-    `upscale.verify.clone_asymmetry`. 0 in all blocks means that the model trains as the small one would. Of a dim that
-    did not grow, a vocabulary's, the first SAMPLED entries stand for all.
+    `upscale.verify.clone_asymmetry`. 0 in all blocks means that the model trains as the small one would. Of each dim
+    the first SAMPLED entries stand for all.
 
     Args:
         tensors: (name, whole weight), one after the other; each is held no longer than it takes.
@@ -130,13 +129,7 @@ def clone_asymmetries(
     """
     parts: dict[str, list[float]] = {block: [] for block in dict.fromkeys(blocks.values())}
     for name, tensor in tensors:
-        cut = [growth.size > SAMPLED and growth.copies == 1 for growth in growths[name]]
-        some = tensor[tuple(slice(0, SAMPLED if cuts else None) for cuts in cut)]
-        axes = [
-            replace(growth, size=SAMPLED, run=SAMPLED) if cuts else growth
-            for growth, cuts in zip(growths[name], cut, strict=True)
-        ]
-        parts[blocks[name]].append(clone_asymmetry(some, axes))
+        parts[blocks[name]].append(clone_asymmetry(tensor, growths[name], sampled=SAMPLED))
     return {block: math.fsum(found) / len(found) for block, found in parts.items() if found}
 
 

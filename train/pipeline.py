@@ -263,6 +263,15 @@ class PipelineEngine:
         named = {"growmerge": {**state, PARAMETER_NAMES: self._names}}
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=named, save_latest=False)
 
+    @property
+    def expected_bytes(self) -> int:
+        """Bytes of this rank's files of a checkpoint, about."""
+        return self._shards.expected
+
+    def finished(self) -> Outcome | None:
+        """Return what this rank alone knows of the last save, once it has ended."""
+        return self._shards.finished()
+
     def settle(self) -> list[Outcome]:
         """Return how the saves since the last call ended; all ranks together."""
         return self._shards.settle()
@@ -314,6 +323,7 @@ class PipelineModel:
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         nothing = torch.zeros(1, device=ids.device)
         engine.reset_activation_shape()
+        engine.total_loss = None  # of the last step; logits would be added to it
         _, logits = engine.eval_batch(
             iter([((ids, positions), (nothing, nothing, nothing))]),
             return_logits=True,

@@ -1,5 +1,6 @@
 """What a run logs: a line a step and a line an evaluation, for rank 0 and the tracker."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -48,8 +49,10 @@ class Record:
         run = source.run
         self.grown = run.extra.get(GROWN) if begun else measure.factors_of(run.provenance)
         self._growths = measure.growths_of(self.grown, source.config) if self.grown else {}
-        scores = [line["bits_per_byte"] for line in read_lines(known) if "bits_per_byte" in line]
-        self._first: Mapping[str, float] = scores[0] if scores else {}
+        self._first: dict[str, float] = {}
+        for line in read_lines(known):
+            if "evaluation" in line:
+                self._first = {**alarms.bits_per_byte(line["evaluation"]), **self._first}
         self.bounds = plan.bounds()
 
     def step(
@@ -115,12 +118,15 @@ class Record:
         line: dict[str, Any] = {"step": step, "tokens": step * self._plan.global_batch * self._plan.sequence_length}
         scores = alarms.bits_per_byte(found)
         if self._growths and weights is not None:
-            apart = measure.clone_asymmetries(weights, self._growths, self._blocks)
-            line["clone_asymmetry"] = {block: float(f"{value:.4g}") for block, value in apart.items()}
+            if self._ranks.first:
+                apart = measure.clone_asymmetries(weights, self._growths, self._blocks)
+                line["clone_asymmetry"] = {block: float(f"{value:.4g}") for block, value in apart.items()}
+            else:
+                deque(weights, maxlen=0)  # all ranks gather them
         self._tracker.write({**line, "bits_per_byte": scores, "evaluation": found})
         if not self.bounds:
             return []
-        self._first = self._first or scores
+        self._first = {**scores, **self._first}
         rung = alarms.check(self.bounds, self._first, scores)
         for alarm in rung if self._ranks.first else []:
             self._report({"event": "warning", "text": f"step {step}: {alarm.text}"})

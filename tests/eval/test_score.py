@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval.score
 from eval.score import Request, plan_batches, share_batches, token_logprobs, total
@@ -34,6 +35,26 @@ def test_equals_full_softmax_whatever_the_batch(llama, batch_tokens):
     made = requests()
     for request, found in zip(made, token_logprobs(model, made, batch_tokens=batch_tokens), strict=True):
         assert found.dtype == np.float64
+        np.testing.assert_allclose(found, oracle(model, request), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("granite", {"logits_scaling": 3.0}), ("gemma2", {"final_logit_softcapping": 0.1})],
+)
+def test_heads_that_divide_or_cap_their_logits(kind, changes):
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    config = AutoConfig.for_model(kind, **shape, intermediate_size=48, vocab_size=258, pad_token_id=0, **changes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    made = requests(count=5)
+    for request, found in zip(made, token_logprobs(model, made, batch_tokens=100), strict=True):
         np.testing.assert_allclose(found, oracle(model, request), rtol=0, atol=1e-5)
 
 

@@ -141,6 +141,19 @@ def test_a_run_leaves_a_stock_model_and_a_full_log(whole, home):
     assert about["tokens"] == 12 * 6 * 32
 
 
+def test_a_pipeline_trains_and_scores_as_data_parallel_ranks_do(whole, home):
+    path = write(home, "pipelined", pp="2", zero="1", evaluate_every="0")
+    code, _, err = run(path)
+    assert code == 0, err
+    assert losses(home / "runs" / "pipelined") == pytest.approx(losses(whole), rel=1e-4)
+    scores, expected = (
+        [line["bits_per_byte"] for line in read_metrics(folder / "metrics.jsonl") if "evaluation" in line]
+        for folder in (home / "runs" / "pipelined", whole)
+    )
+    assert scores[0] == pytest.approx(expected[0], rel=1e-5)
+    assert scores[-1] == pytest.approx(expected[-1], rel=1e-3)
+
+
 def test_run_again_it_does_nothing_and_another_configuration_is_refused(whole, home):
     before = (whole / "metrics.jsonl").stat().st_mtime_ns
     assert run(home / "whole.yaml")[:2] == (0, f"nothing to do: whole is finished; model: {whole / 'model'}\n")
@@ -157,7 +170,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on_to_the_same_end(who
     folder = home / "runs" / "stopped"
     process = start(path)
     wait_for(lambda: len(losses(folder)) >= 5, process)
-    os.kill(ranks_at_work(process)[0], signal.SIGTERM)  # one rank alone: all agree
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=200)
     if process.returncode == 75:
         assert "asked to stop; saved, and the same command goes on from here" in err
@@ -312,6 +325,15 @@ def test_forgetting_rings_the_alarm_and_replay_keeps_it_still(whole, home):
     assert re.search(r"step \d+: eng: \d\.\d+ bits per byte held out, \+\d\.\d+, \+\d", found["alone"][0])
 
 
+@pytest.mark.slow
+def test_an_alarm_that_cannot_turn_a_run_into_a_branch_is_a_warning(home):
+    alarms = {"alarms": "{eng: +0 branch}", "lr": "5", "warmup": "9", "skip_sigma": "1000", "evaluate_every": "3"}
+    code, _, err = run(write(home, "warming", checkpoint_every="2", **alarms))
+    assert code == 0, err
+    assert "the alarm cannot turn the run into a branch: no branch at step 2: the stable phase goes from" in err
+    assert len(losses(home / "runs" / "warming")) == 12
+
+
 def test_an_alarm_stops_a_run(home):
     path = write(home, "alarm", alarms="{eng: +0 stop}", lr="5", decay="0", skip_sigma="1000", evaluate_every="3")
     code, _, err = run(path)
@@ -343,6 +365,16 @@ def test_an_alarm_stops_a_run(home):
             "steps: 12",
             "steps: 12\n  rewarm: [{at: 1, steps: 3}]",
             "training.rewarm.0: has to lie between step 2, the end of the warm-up before, and the end",
+        ),
+        (
+            "steps: 12",
+            "steps: 12\n  schedule: cosine\n  alarms: {eng: +0.1 branch}",
+            "training.alarms: a cosine has no stable phase",
+        ),
+        (
+            "steps: 12",
+            "steps: 12\n  pp: 2\n  zero: 1\n  compile: true",
+            "training.compile: does not work in a pipeline",
         ),
         ("steps: 12", "steps: 12\n  rewarm: [{at: 10, steps: 3}]", "try.yaml:10: training.rewarm.0: has to lie"),
         ("steps: 12", "steps: 12\n  tp: 3", "tp 3 x sp 1 x pp 1 = 3 does not divide the 2 ranks"),
