@@ -1,5 +1,6 @@
 """Every mesh and stage trains the same tiny model to the same losses as one rank; meshes that cannot be are refused."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,39 @@ def test_gradient_norms_by_tensor_are_those_of_autograd(found, name):
     _, norm, squares = found[1][name][0]
     assert squares == pytest.approx(expected, rel=1e-4)
     assert norm == pytest.approx(sum(expected.values()) ** 0.5, rel=1e-5)
+
+
+FAMILIES = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": QWEN3,
+    "llama with biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False},
+    "granite": {"model_type": "granite", "logits_scaling": 3.0},
+    "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gemma3": {"model_type": "gemma3_text", "query_pre_attn_scalar": 8},
+}
+SCALED = ("granite", "gemma2", "gemma3")
+"""Those that a pipeline refuses."""
+
+
+@pytest.mark.slow
+def test_every_family_trains_on_every_mesh_as_on_one_rank(tmp_path):
+    meshes = {
+        "tp": {"mesh": Mesh(tp=2), "zero": 1},
+        "tp, zero 3, chunks": {"mesh": Mesh(tp=2), "chunk": CHUNK},
+        "sp": {"mesh": Mesh(sp=2)},
+        "pp": {"mesh": Mesh(pp=2), "zero": 1},
+        "chunks": {"chunk": CHUNK},
+    }
+    one = {family: ({"zero": 0}, model) for family, model in FAMILIES.items()}
+    many = {
+        f"{family}, {mesh}": (changes, model)
+        for (family, model), (mesh, changes) in product(FAMILIES.items(), meshes.items())
+        if not (family in SCALED and mesh == "pp") and not (family == "gemma2" and mesh == "sp")  # its own attention
+    }
+    expected = on_ranks(tmp_path, 1, losses, one, str(tmp_path / "one"))[0]
+    found = on_ranks(tmp_path, 2, losses, many, str(tmp_path / "two"))[0]
+    for name, taken in found.items():
+        for one_step, other in zip(taken[:-1], expected[name.partition(",")[0]][:-1], strict=True):
+            assert one_step[0] == pytest.approx(other[0], rel=1e-4), name
+            assert one_step[1] == pytest.approx(other[1], rel=1e-3), name
