@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check benchmark clean
+.PHONY: setup demo test test-all check benchmark cluster clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ test-all: check
 
 benchmark: $(READY)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# A SLURM of four virtual nodes in the foreground; ctrl-C stops it.
+cluster: $(READY)
+	$(BIN)/python tests/cluster/cluster.py run
 
 clean:
 	rm -rf $(VENV) runs

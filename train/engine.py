@@ -7,7 +7,7 @@ grown or merged model, or a model from scratch.
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from parallel.ranks import Ranks, Readers, device, readers
 from train.batch import Batch, count_tokens
 from train.build import build_model, parameter_groups, partition_config
 from train.checkpointing import ShardEngine, file_bytes, shard_bytes
+from train.engine_config import EngineConfig
 from train.fill import check_names, fill_partitions, fill_plain, fill_zero3
 from train.loss import FLASH, attention, give_losses, use_kernels
 from train.norms import Keep, watch_norms
@@ -45,40 +46,6 @@ SUB_GROUP = 5 * 10**7
 
 LIVE = 10**8
 """Elements of gathered weights that stay for the backward pass on a CPU, whose memory all ranks share."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """What DeepSpeed is asked for."""
-
-    micro_batch: int
-    """Samples a rank and a pass."""
-    accumulation: int
-    """Passes a step."""
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    clip: float
-    precision: str
-    """float32 or bfloat16 (compute and stored weights; master copy and gradient sums are float32)."""
-    dynamics: str = "free"
-    """Which of the factors that growth gave the source's groups are applied, a key of DYNAMICS."""
-    decay_embeddings: bool = True
-    zero: int = 3
-    """ZeRO stage: what is cut over the ranks (1: the optimizer's state, 2: gradients too, 3: weights too)."""
-    mesh: Mesh = field(default_factory=Mesh)
-    """dp is set from the number of ranks."""
-    sequence_length: int | None = None
-    """Tokens in a sample; only needed with sequence parallelism."""
-    offload: bool = False
-    """Keep the optimizer's state, and its step, in the CPU's memory."""
-    recompute: bool = False
-    """Gradient checkpointing: keep each layer's input alone, and compute the rest again in the backward pass."""
-    compile: bool = False
-    """torch.compile."""
-    kernels: str = "auto"
-    """auto: FlashAttention-2 and Liger's kernels where they are installed and CUDA is; torch: only what torch has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +70,21 @@ class Step:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed without its compiling anything: on CPU the shared-memory collective takes minutes to build."""
+    """Import DeepSpeed without its compiling anything: on CPU the shared-memory collective takes minutes to build.
+
+    Its Muon optimizer is compiled when it is imported, which every engine does: of no use here, and a second of torch's
+    inductor.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import compiler
 
+    compiled, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        compiler.compile = compiled
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

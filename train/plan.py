@@ -7,9 +7,8 @@ from typing import Any, cast
 
 from parallel.mesh import Mesh, mesh_of
 from train.alarms import Bound, parse_alarms
-from train.engine import EngineConfig
+from train.engine_config import PATIENCE_S, EngineConfig
 from train.guard import Limits
-from train.saver import PATIENCE_S
 from train.schedule import Kind, Rewarm, Schedule
 
 

@@ -19,10 +19,8 @@ from parallel.errors import InputError
 from parallel.faults import point
 from parallel.ranks import Ranks
 from train.buffers import HostBuffers
+from train.engine_config import PATIENCE_S
 from train.parts import Part, delete, no_room, publish, wait_for_parts, write_part, write_shard, write_small
-
-PATIENCE_S = 600.0
-"""Seconds that rank 0 waits for the other ranks' shards after its own, and that a save waits for the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on_to_the_same_end(who
     assert losses(folder) == losses(whole)
 
 
+@pytest.mark.slow  # as of a pipeline's job, which test_run.py kills
 def test_a_killed_rank_ends_the_others_and_the_same_command_goes_on(whole, home, tmp_path):
     path = write(home, "killed")
     process = start(path, GROWMERGE_FAULT=f"{tmp_path / 'there'}:step/6")
@@ -194,6 +195,7 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_goes_on(whole, home,
     assert losses(home / "runs" / "killed") == losses(whole)
 
 
+@pytest.mark.slow
 def test_without_progress_it_says_so_and_leaves_the_stacks(home, tmp_path):
     path = write(home, "stalled", stall_minutes="0.1")
     code, _, err = run(path, GROWMERGE_FAULT=f"{tmp_path / 'there'}:step/6")
@@ -203,6 +205,7 @@ def test_without_progress_it_says_so_and_leaves_the_stacks(home, tmp_path):
     assert "most recent call first" in Path(found[1]).read_text()
 
 
+@pytest.mark.slow  # as the first run on the full disk below
 def test_ahead_of_its_jobs_end_it_saves_and_stops(whole, home):
     path = write(home, "timed")
     code, _, err = run(path, SLURM_JOB_END_TIME=str(int(time.time()) + 30))
@@ -288,17 +291,21 @@ def test_a_branch_decays_from_the_stable_phase(whole, home):
     assert losses(home / "runs" / "branch") == losses(home / "runs" / "wsd")
 
 
-def test_an_alarm_turns_the_run_into_a_branch(home):
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_alarm_turns_the_run_into_a_branch(home, resumed):
     alarms = {"alarms": "{eng: +0 branch}", "lr": "5", "decay": "4", "skip_sigma": "1000", "evaluate_every": "3"}
-    path = write(home, "branching", checkpoint_every="2", keep="3", **alarms)
+    name = f"branching-{resumed}"
+    path = write(home, name, checkpoint_every="2", keep="3", **alarms)
     code, _, err = run(path)
     assert code == 0, err
-    folder = home / "runs" / "branching"
+    folder = home / "runs" / name
     assert "decaying from step 2 over 4 steps" in err
     assert json.loads((folder / "branch.json").read_text()) == {"at": 2, "steps": 4}
     rates = [line["lr"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
     assert rates == pytest.approx([2.5, 5, 5, 3.75, 2.5, 1.25])
     whole = losses(folder)
+    if not resumed:
+        return
 
     # As a kill before the alarm leaves it: the checkpoint that it resumes from is the one to branch off from.
     for name in ("model", "branch.json", "run.json", "checkpoints/step-00000004", "checkpoints/step-00000006"):
@@ -310,14 +317,20 @@ def test_an_alarm_turns_the_run_into_a_branch(home):
     assert losses(folder) == whole
 
 
-def test_forgetting_rings_the_alarm_and_replay_keeps_it_still(whole, home):
+@pytest.mark.parametrize("mixtures", [("alone",), pytest.param(("alone", "both"), marks=pytest.mark.slow)])
+def test_forgetting_rings_the_alarm_and_replay_keeps_it_still(whole, home, mixtures):
     """The model knows both languages; trained on one alone it forgets the other."""
     text = FILE.replace(FILE[FILE.index("shape:") : FILE.index("data:")], "model: runs/whole/model\n").replace(
         "mixtures: {", "mixtures: {alone: {swe: 1}, "
     )
-    found = {}
-    for mixture in ("alone", "both"):
-        path = write(home, f"on-{mixture}", text.replace("mixture: both", f"mixture: {mixture}"), alarms="{eng: +0.05}")
+    found = {"both": []}
+    for mixture in mixtures:
+        path = write(
+            home,
+            f"on-{mixture}-{len(mixtures)}",
+            text.replace("mixture: both", f"mixture: {mixture}"),
+            alarms="{eng: +0.05}",
+        )
         code, _, err = run(path)
         assert code == 0, err
         found[mixture] = [line for line in err.splitlines() if "the alarm is at +0.05" in line]
@@ -397,6 +410,12 @@ def test_mistakes_are_one_line(home, old, new, message):
     assert message in last, err
     assert code in (1, 2)
     assert "Traceback" not in err
+
+
+def test_a_mistake_is_told_without_waiting_for_torch():
+    imported = "import sys, growmerge.training, growmerge.jobs, train.plan; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 def test_a_file_names_what_a_plan_has():
