@@ -88,6 +88,37 @@ def run(pipeline: Path, workdir: Path | None, executor: str, dry_run: bool) -> N
 
 
 @main.command()
+@click.argument("workdir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="As JSON, for programs.")
+def status(workdir: Path, as_json: bool) -> None:
+    """Show the jobs of a WORKDIR on a cluster: what runs and how far, what waits and why, what failed."""
+    from growmerge.status import show
+
+    show(workdir.absolute(), as_json=as_json)
+
+
+@main.command()
+@click.argument("workdir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("stage")
+@click.option("--rank", default=0, show_default=True, help="Which of its processes.")
+def logs(workdir: Path, stage: str, rank: int) -> None:
+    """Print what a rank of a STAGE's last job wrote to its log."""
+    from growmerge.status import log_of
+
+    click.echo(log_of(workdir.absolute(), stage, rank).read_text(errors="replace"), nl=False)
+
+
+@main.command()
+@click.argument("workdir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("stages", nargs=-1)
+def cancel(workdir: Path, stages: tuple[str, ...]) -> None:
+    """Cancel the jobs of a WORKDIR, or of some of its STAGES; what they have saved stays, and `run` goes on from it."""
+    from growmerge.status import cancel_all
+
+    click.echo(f"{cancel_all(workdir.absolute(), stages)} jobs cancelled")
+
+
+@main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--workdir", type=click.Path(path_type=Path), help="The run's folder; runs/<name> by default.")
 @click.option(

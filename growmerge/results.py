@@ -245,7 +245,8 @@ def _growth(context: Context, name: str) -> dict[str, Any]:
 
 def _timings(context: Context) -> dict[str, Any]:
     """Return what the run cost; of stages that an earlier run did, what they cost then."""
-    done = {event["stage"]: event for event in read_events(context.workdir / "log.jsonl") if event["event"] == "done"}
+    logs = [context.workdir / "log.jsonl", *sorted((context.workdir / "jobs").glob("*/*/events.jsonl"))]
+    done = {event["stage"]: event for log in logs for event in read_events(log) if event["event"] == "done"}
     mine = [done[name] for name in context.tasks if name in done]
     seconds = {event["stage"]: event["seconds"] for event in mine}
     return {

@@ -116,7 +116,15 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "sample_tokens": FROM_0,
     },
     Check: {"by": FROM_0},
-    Resources: {"ranks": FROM_1, "threads": FROM_1, "minutes": FROM_1, "memory_gb": FROM_1},
+    Resources: {
+        "nodes": FROM_1,
+        "restarts": FROM_0,
+        "lead_seconds": FROM_1,
+        "ranks": FROM_1,
+        "threads": FROM_1,
+        "minutes": FROM_1,
+        "memory_gb": FROM_1,
+    },
     Pipeline: {"seed": FROM_0},
 }
 """By dataclass and field; for a list, the range of each number in it."""

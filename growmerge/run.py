@@ -78,8 +78,19 @@ def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
         with Show(_weights(plan, todo), EventLog(plan.workdir / "log.jsonl")) as show:
             for name in [name for name in todo if plan.tasks[name].verb in HERE]:
                 _do_here(plan, name, show, began)
-            failed = _submit(plan, [name for name in todo if plan.tasks[name].verb not in HERE], kind, show, began)
-            if failed is not None:
+            left = [name for name in todo if plan.tasks[name].verb not in HERE]
+            if kind == "slurm":
+                from growmerge.on_cluster import submit_stages
+
+                submit_stages(plan, left, show, began)
+            elif (failed := _submit(plan, left, kind, show, began)) is not None:
+                show.say(failed)
+                return 1
+    if kind == "slurm":  # watched without the lease: others may watch as well
+        from growmerge.on_cluster import watch_stages
+
+        with Show(_weights(plan, left), EventLog(Path(os.devnull)), requeues=True) as show:
+            if (failed := watch_stages(plan, left, show)) is not None:
                 show.say(failed)
                 return 1
     return _finished(plan, todo)

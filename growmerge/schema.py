@@ -326,6 +326,8 @@ class Resources:
 
     ranks: int = 2
     """Training processes, one a device."""
+    nodes: int = 1
+    """Nodes of a cluster that share the ranks evenly."""
     gpus: int = 0
     """GPUs a node, one a rank; 0 computes on the CPU."""
     threads: int | None = None
@@ -335,7 +337,11 @@ class Resources:
     memory_gb: int | None = None
     """Memory limit of a job (GB); none by default."""
     pack: bool = True
-    """Run all stages in one job, which share one group of ranks; otherwise a job a stage."""
+    """On this machine: run all stages in one job, which share one group of ranks; otherwise a job a stage."""
+    restarts: int = 3
+    """How often a job of a cluster that failed is tried again; being preempted or out of time does not count."""
+    lead_seconds: int = 120
+    """Seconds before its time limit, or a preemption, at which a job of a cluster is told to save."""
     slurm: Mapping[str, str | int] = field(default_factory=dict)
     """Further sbatch options, such as `partition: gpu`."""
 

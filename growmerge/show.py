@@ -21,8 +21,13 @@ SMALL = 2.0
 class Show:
     """Shows events; `error` holds the line of the first bad input, `stage` the stage at work."""
 
-    def __init__(self, seconds: Mapping[str, float], log: EventLog) -> None:
-        """Begin to show what is to be done: estimated seconds of each stage."""
+    def __init__(self, seconds: Mapping[str, float], log: EventLog, *, requeues: bool = False) -> None:
+        """Begin to show what is to be done: estimated seconds of each stage.
+
+        Args:
+            requeues: whether what was asked to stop goes on by itself, which is then no error.
+        """
+        self._requeues = requeues
         self._weights = {name: max(SMALL, estimate) for name, estimate in seconds.items()}
         self._log = log
         self._done = 0.0
@@ -79,16 +84,16 @@ class Show:
             self._update(share, facts)
             if self._bar is None and time.monotonic() - self._last_line > EVERY:
                 self._last_line = time.monotonic()
-                self.say(f"{self.stage}: step {event['step']}/{event['steps']}  {facts}")
+                self.say(f"{event.get('stage', self.stage)}: step {event['step']}/{event['steps']}  {facts}")
         elif kind == "done":
             self._done += self._weights.get(event["stage"], 0.0)
             self._update(0.0, "")
             if self._bar is None or event["seconds"] >= 1:
                 self.say(f"{event['stage']}: done in {event['seconds']:.1f} s")
-        elif kind == "error":
+        elif kind == "error" or (kind == "stopped" and not self._requeues):
             self.error = self.error or f"{event['stage']}: {event['text']}"
-        elif kind in ("warning", "note"):
-            self.say(f"{self.stage}: {event['text']}")
+        elif kind in ("warning", "note", "stopped"):
+            self.say(f"{event.get('stage', self.stage)}: {event['text']}")
 
     def _update(self, share: float, facts: str) -> None:
         if self._bar:

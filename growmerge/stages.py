@@ -30,7 +30,7 @@ from growmerge.starts import keeps_optimizer, starting_source
 from growmerge.tasks import WITHOUT_RESULT, Task, trained_languages
 from growmerge.texts import described, heldout_documents, tokenizer_of
 from merge.merge import merge
-from parallel.errors import InputError
+from parallel.errors import InputError, Stopped
 from parallel.ranks import Ranks
 from train.data.tokenizer import TextTokenizer
 from train.loop import train
@@ -108,7 +108,7 @@ def do_train(context: Context, task: Task) -> None:
     if result.stopped is not None:
         context.report({"event": "warning", "stage": task.name, "text": f"ended early: {result.stopped}"})
     elif not result.finished:
-        raise InputError(f"{task.name}: asked to stop; saved, and the same command goes on from here")
+        raise Stopped(f"{task.name}: asked to stop; saved, and the same command goes on from here")
     context.once(lambda: _export(context, task, open_checkpoint(result.checkpoint)))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from checkpoint.files import disk_errors
 from growmerge.context import Context, Resources
@@ -15,7 +16,7 @@ from growmerge.events import EventLog
 from growmerge.graph import Node
 from growmerge.schema import Pipeline
 from growmerge.tasks import Task
-from parallel.errors import InputError
+from parallel.errors import InputError, Stopped
 
 JOB_LEASE = "job.json"
 
@@ -38,7 +39,9 @@ class Order:
     began: float
     """When the run began (seconds since the epoch)."""
     launcher: tuple[int, int] | None
-    """(pid, start) of the process without which the job must not go on."""
+    """(pid, start) of the process without which the job must not go on; None on a cluster."""
+    lease: Path | None = None
+    """Who does this order; by default one job a workdir."""
 
 
 def work(order: Order) -> str | None:
@@ -55,7 +58,7 @@ def work(order: Order) -> str | None:
     torch.set_num_threads(order.threads)
     rank, world = task_environment()
     # A new run waits for, or is refused by, a job that outlived its own.
-    with Lease(order.workdir / JOB_LEASE, "a job of growmerge run") if rank == 0 else nullcontext():
+    with Lease(order.lease or order.workdir / JOB_LEASE, "a job of growmerge run") if rank == 0 else nullcontext():
         log = EventLog(order.events) if rank == 0 else None
         context = Context(
             pipeline=order.pipeline,
@@ -68,11 +71,25 @@ def work(order: Order) -> str | None:
             report=log.write if log else lambda event: None,
         )
         for name in order.todo:
-            line = _do(context, name)
-            if line is not None:
-                return line
+            error = _do(context, name)
+            if error is not None and order.launcher is None:
+                give_up(error, first=rank == 0)
+            if error is not None:
+                return str(error)
         torch.distributed.destroy_process_group()
     return None
+
+
+def give_up(error: InputError, *, first: bool) -> NoReturn:
+    """End a rank of a cluster's job: requeued if it was asked to stop, or else for good."""
+    from slurm.graph import STOPPED, WOULD_FAIL_AGAIN, requeue
+
+    if not isinstance(error, Stopped):
+        raise SystemExit(WOULD_FAIL_AGAIN)
+    if first:
+        requeue()
+    time.sleep(60)  # SLURM ends all ranks meanwhile
+    raise SystemExit(STOPPED)
 
 
 def prepare_environment(threads: int) -> None:
@@ -82,8 +99,8 @@ def prepare_environment(threads: int) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _do(context: Context, name: str) -> str | None:
-    """Do one task and say so; return the line of a bad input, or None."""
+def _do(context: Context, name: str) -> InputError | None:
+    """Do one task and say so; return what went wrong, or None."""
     from growmerge.verbs import do
 
     started = time.time()
@@ -95,8 +112,9 @@ def _do(context: Context, name: str) -> str | None:
             context.report({"event": "done", "stage": name, "seconds": seconds, "memory_gb": memory})
     except InputError as error:
         with suppress(OSError):  # the disk may be full
-            context.report({"event": "error", "stage": name, "text": str(error)})
-        return str(error)
+            kind = "stopped" if isinstance(error, Stopped) else "error"
+            context.report({"event": kind, "stage": name, "text": str(error)})
+        return error
     return None
 
 

@@ -14,3 +14,7 @@ def one_of(what: str, given: object, allowed: Iterable[object]) -> str:
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown {what} {given!r}: allowed are {', '.join(names) or '(none)'}{hint}"
+
+
+class Stopped(InputError):
+    """Work was asked to stop, and has saved: it goes on from there when it is started again."""

@@ -41,6 +41,16 @@ class Job:
     """GPUs a node; one a rank where there are any."""
     slurm: Mapping[str, str | int] = field(default_factory=dict)
     """Further sbatch options by name."""
+    nodes: int = 1
+    """Nodes that share the ranks evenly."""
+    setup: tuple[str, ...] = ()
+    """Lines of the job's script before it starts."""
+    lead_s: int = 120
+    """Seconds before its time limit or a preemption at which a job is told."""
+    restarts: int = 3
+    """How often a job that failed is tried again; being preempted or out of time does not count."""
+    failures: Path = Path()
+    """Folder of the notes on failed tries."""
 
 
 def choose(wanted: str) -> Kind:

@@ -1,0 +1,80 @@
+"""What the scheduler says of jobs: one call of squeue for all of them, whatever their number."""
+
+import getpass
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from parallel.errors import InputError
+
+COLUMNS = {
+    "ArrayJobID": 20,
+    "ArrayTaskID": 20,
+    "JobID": 20,
+    "State": 20,
+    "NodeList": 400,
+    "Reason": 100,
+    "RestartCnt": 8,
+}
+"""What squeue is asked, and the width of each answer; as the columns are read below."""
+ASK_S = 60.0
+"""Seconds that squeue has to answer in."""
+REASONS = {
+    "Dependency": "waits for other stages",
+    "Priority": "others come first",
+    "Resources": "waits for free nodes",
+    "BeginTime": "requeued; starts again soon",
+    "DependencyNeverSatisfied": "a stage that it needs has failed",
+    "JobArrayTaskLimit": "waits for others of its array",
+    "PartitionTimeLimit": "asks for more time than its partition gives",
+    "ReqNodeNotAvail": "a node that it needs is not available",
+}
+"""squeue's words in plain ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """A job that has not ended."""
+
+    id: str
+    """As submitit has it: 12, or 12_3 of an array."""
+    state: str
+    """In SLURM's words: PENDING, RUNNING, ..."""
+    nodes: str
+    reason: str
+    restarts: int
+
+    @property
+    def why(self) -> str:
+        """Why it does not run, in plain words; empty if it does."""
+        return "" if self.state == "RUNNING" else REASONS.get(self.reason, self.reason)
+
+
+def queued(ids: Iterable[str]) -> dict[str, Queued]:
+    """Return those of the jobs that have not ended, by id.
+
+    Raises:
+        InputError: the scheduler does not answer.
+    """
+    wanted = {*ids}
+    if not wanted:
+        return {}
+    form = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
+    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--Format={form}"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"squeue: {error}") from error
+    if asked.returncode:
+        raise InputError((asked.stderr.strip().splitlines() or ["squeue failed"])[-1])
+    found = {}
+    for line in asked.stdout.splitlines():
+        parts, at = [], 0
+        for width in COLUMNS.values():
+            parts.append(line[at : at + width].strip())
+            at += width
+        array, task, job, state, nodes, reason, restarts = parts
+        name = f"{array}_{task}" if task.isdigit() else job
+        if name in wanted:
+            found[name] = Queued(id=name, state=state, nodes=nodes, reason=reason, restarts=int(restarts or 0))
+    return found
