@@ -84,5 +84,5 @@ def test_what_failed_is_tried_again_where_that_may_help(tmp_path, code, tries, r
 
 
 def test_ranks_that_nodes_cannot_share_are_one_line():
-    with pytest.raises(InputError, match="^resources: 4 ranks do not divide by 3 nodes$"):
+    with pytest.raises(InputError, match=r"^resources: 4 ranks do not divide by 3 nodes$"):
         parameters(planned(nodes=3).job)
