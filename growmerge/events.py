@@ -47,4 +47,8 @@ class Follower:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        found = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):  # cut short by a kill, and ended by the next start
+                found.append(json.loads(line))
+        return found

@@ -4,6 +4,7 @@
 and submits what is not.
 """
 
+import getpass
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,10 @@ from slurm.queue import Queued, queued
 SUBMITTED = "submitted.json"
 PLACES = ("folder", "log", "result")
 """Of an entry, relative to the workdir."""
-POLL_S = 5.0
-"""Seconds between two questions to the scheduler, one for all jobs."""
+SILENT_S, LATE_S = 600.0, 60.0
+"""How long the scheduler may not answer, and a result be late after its job's end (network file systems)."""
+POLL_S = 2.0
+"""Seconds between two looks at the jobs: one question to the scheduler for all of them."""
 TOGETHER = ("train", "evaluate")
 """Verbs whose work all ranks share; of the others one rank does it all."""
 LINES = 5
@@ -35,6 +38,8 @@ class Entry:
     """A job that was submitted."""
 
     id: str
+    user: str
+    """Who submitted it."""
     folder: Path
     """Of its events."""
     log: Path
@@ -48,7 +53,8 @@ def submitted(workdir: Path) -> dict[str, Entry]:
     path = workdir / SUBMITTED
     known = read_json(path) if path.is_file() else {}
     return {
-        name: Entry(id=one["id"], **{place: workdir / one[place] for place in PLACES}) for name, one in known.items()
+        name: Entry(**{key: workdir / value if key in PLACES else value for key, value in one.items()})
+        for name, one in known.items()
     }
 
 
@@ -59,29 +65,51 @@ def submit_stages(plan: Any, todo: Sequence[str], show: Any, began: float) -> No
         InputError: the scheduler rejects a job, or does not answer.
     """
     entries = submitted(plan.workdir)
-    running = queued(entries[name].id for name in todo if name in entries)
-    under_way = {name: entries[name].id for name in todo if name in entries and entries[name].id in running}
-    new = [name for name in todo if name not in under_way]
-    if under_way:
-        show.say(f"{len(under_way)} jobs are under way already")
+    running = under_way(entries)
+    changed = [name for name in todo if name in running and entries[name].result != plan.tasks[name].folder]
+    if changed:
+        raise InputError(
+            f"{plan.workdir}: the job of {changed[0]} is under way with another configuration: "
+            f"`growmerge cancel {plan.workdir}` first"
+        )
+    # Asked after the scheduler, so that what has just ended is not done again.
+    todo = [name for name in todo if name in running or not plan.tasks[name].done]
+    new = [name for name in todo if name not in running]
+    if running:
+        show.say(f"{len(running)} jobs are under way already")
     if new:
-        entries |= _submit(plan, new, under_way, began)
-        write_json(plan.workdir / SUBMITTED, {name: _plain(one, plan.workdir) for name, one in entries.items()})
+        _submit(plan, new, entries, running, began)
         show.say(f"{len(new)} jobs submitted; they go on without this command")
 
 
+def under_way(entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Return the ids of the jobs that have not ended, by stage."""
+    found = _queued(entries)
+    return {name: entry.id for name, entry in entries.items() if entry.id in found}
+
+
+def _queued(entries: Mapping[str, Entry]) -> dict[str, Queued]:
+    found: dict[str, Queued] = {}
+    for user in {entry.user for entry in entries.values()}:
+        found |= queued((entry.id for entry in entries.values() if entry.user == user), user)
+    return found
+
+
 def _plain(entry: Entry, workdir: Path) -> dict[str, str]:
-    return {"id": entry.id, **{place: str(getattr(entry, place).relative_to(workdir)) for place in PLACES}}
+    places = {place: str(getattr(entry, place).relative_to(workdir)) for place in PLACES}
+    return {"id": entry.id, "user": entry.user, **places}
 
 
-def _submit(plan: Any, new: list[str], under_way: Mapping[str, str], began: float) -> dict[str, Entry]:
+def _submit(plan: Any, new: Sequence[str], entries: dict[str, Entry], running: Mapping[str, str], began: float) -> None:
+    """Submit stages; `entries` and the file get each as soon as the scheduler has taken it."""
     from growmerge.worker import Order, work
 
     resources = plan.pipeline.resources
     place = plan.workdir / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     threads = resources.threads or 1
-    waited = {*new, *under_way}
+    waited = {*new, *running}
     jobs: dict[str, Planned] = {}
+    (plan.workdir / "leases").mkdir(exist_ok=True)
     for number, name in enumerate(new):
         task: Task = plan.tasks[name]
         together = task.verb in TOGETHER
@@ -99,7 +127,7 @@ def _submit(plan: Any, new: list[str], under_way: Mapping[str, str], began: floa
             threads=threads,
             began=began,
             launcher=None,
-            lease=folder / "lease.json",
+            lease=plan.workdir / "leases" / f"{task.key}.json",
         )
         job = Job(
             name=f"{plan.pipeline.name}/{name}",
@@ -118,16 +146,17 @@ def _submit(plan: Any, new: list[str], under_way: Mapping[str, str], began: floa
         )
         jobs[name] = Planned(job=job, after=tuple(other for other in task.inputs if other in waited))
     logs = place / "logs"
-    ids = submit_all(jobs, logs, running=under_way)
-    return {
-        name: Entry(
-            id=ids[name],
-            folder=place / f"{at:04d}",
-            log=logs / f"{ids[name]}_0_log.err",
-            result=plan.tasks[name].folder,
-        )
-        for at, name in enumerate(new)
-    }
+    user = getpass.getuser()
+
+    def note(ids: Mapping[str, str]) -> None:
+        for at, name in enumerate(new):
+            if name in ids:
+                log, result = logs / f"{ids[name]}_0_log.err", plan.tasks[name].folder
+                folder = place / f"{at:04d}"
+                entries[name] = Entry(id=ids[name], user=user, folder=folder, log=log, result=result)
+        write_json(plan.workdir / SUBMITTED, {name: _plain(one, plan.workdir) for name, one in entries.items()})
+
+    submit_all(jobs, logs, running=running, note=note)
 
 
 def watch_stages(plan: Any, names: Sequence[str], show: Any) -> str | None:
@@ -142,30 +171,40 @@ def watch_stages(plan: Any, names: Sequence[str], show: Any) -> str | None:
 
 def _watch(plan: Any, entries: Mapping[str, Entry], show: Any) -> str | None:
     followers = {name: Follower(entry.folder / "events.jsonl") for name, entry in entries.items()}
-    left = set(entries)
-    asked = 0.0
-    failed: list[str] = []
+    left, gone = set(entries), dict[str, float]()
+    answered = time.monotonic()
     while left:
+        show.tick()
         for name in sorted(left):
             for event in followers[name].new():
                 show.event(event)
-        show.tick()
-        if time.monotonic() - asked > POLL_S:
-            asked = time.monotonic()
-            running = queued(entries[name].id for name in left)
-            for name in sorted(name for name in left if entries[name].id not in running):
+        try:
+            running = under_way(entries)
+            answered = time.monotonic()
+        except InputError:
+            if time.monotonic() - answered > SILENT_S:
+                raise
+            running = dict.fromkeys(left, "")
+        for name in sorted(left - set(running)):
+            late = time.monotonic() - gone.setdefault(name, time.monotonic()) > LATE_S
+            if plan.tasks[name].done or late or not ran(entries[name]) or _said(entries[name]):
                 left.remove(name)
                 for event in followers[name].new():
                     show.event(event)
-                if not plan.tasks[name].done and ran(entries[name]):
-                    failed.append(f"{name}: {why(entries[name])}")
-        time.sleep(0.2)
+        time.sleep(POLL_S if left else 0)
     missing = [name for name in entries if not plan.tasks[name].done]
+    failed = [name for name in missing if ran(entries[name])]
     if not missing:
         return None
     waiting = len(missing) - len(failed)
     rest = f"; {waiting} stages that need it did not start" if waiting else ""
-    return (failed[0] if failed else f"{missing[0]}: its job is gone, and left no result") + rest
+    return (f"{failed[0]}: {why(entries[failed[0]])}" if failed else f"{missing[0]}: its job is gone") + rest
+
+
+def _said(entry: Entry) -> list[str]:
+    """Return what a job said of why it failed."""
+    events = read_events(entry.folder / "events.jsonl")
+    return [str(event["text"]) for event in events if event["event"] == "error"]
 
 
 def ran(entry: Entry) -> bool:
@@ -175,9 +214,8 @@ def ran(entry: Entry) -> bool:
 
 def why(entry: Entry) -> str:
     """Return why a job failed: its own words, or the last lines of its log."""
-    errors = [event for event in read_events(entry.folder / "events.jsonl") if event["event"] == "error"]
-    if errors:
-        return str(errors[-1]["text"])
+    if said := _said(entry):
+        return said[-1]
     lines = entry.log.read_text(errors="replace").strip().splitlines() if entry.log.is_file() else []
     last = " | ".join(line.strip() for line in lines[-LINES:])
     return f"its job {entry.id} failed: {last[-500:] or 'it left no word'}; log: {entry.log}"
@@ -192,5 +230,5 @@ def states(workdir: Path) -> dict[str, tuple[Entry, Queued | None]]:
     entries = submitted(workdir)
     if not entries:
         raise InputError(f"{workdir}: no jobs of a cluster were submitted from here")
-    found = queued(entry.id for entry in entries.values())
+    found = _queued(entries)
     return {name: (entry, found.get(entry.id)) for name, entry in entries.items()}

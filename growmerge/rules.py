@@ -226,6 +226,11 @@ def merge(merge: MergeStage) -> Iterator[Problem]:
         yield "weights", "the weights add up to 0, and `normalize` divides by their sum"
 
 
+def resources(resources: Resources) -> Iterator[Problem]:
+    if resources.ranks % resources.nodes:
+        yield "nodes", f"{resources.ranks} ranks cannot be shared evenly by {resources.nodes} nodes"
+
+
 def study(study: Study) -> Iterator[Problem]:
     for name in ("languages", "setups"):
         if not getattr(study, name):
@@ -242,6 +247,7 @@ RULES: Mapping[type, Callable[[Any], Iterator[Problem]]] = {
     Corpus: corpus,
     ModelConfig: model,
     Training: training,
+    Resources: resources,
     Stage: stage,
     MergeStage: merge,
     Study: study,

@@ -83,6 +83,8 @@ def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
                 from growmerge.on_cluster import submit_stages
 
                 submit_stages(plan, left, show, began)
+            elif (busy := _on_a_cluster(plan.workdir)) is not None:
+                raise InputError(f"{plan.workdir}: {busy} on a cluster: watch it there, or `growmerge cancel` it first")
             elif (failed := _submit(plan, left, kind, show, began)) is not None:
                 show.say(failed)
                 return 1
@@ -94,6 +96,18 @@ def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
                 show.say(failed)
                 return 1
     return _finished(plan, todo)
+
+
+def _on_a_cluster(workdir: Path) -> str | None:
+    """Return what of this workdir is under way on a cluster, if something is and the scheduler can be asked."""
+    from growmerge.on_cluster import submitted, under_way
+
+    entries = submitted(workdir)
+    try:
+        running = under_way(entries)
+    except InputError:
+        return None
+    return f"the job of {next(iter(running))} is under way" if running else None
 
 
 def _weights(plan: Plan, todo: list[str]) -> dict[str, float]:

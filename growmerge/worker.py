@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import threading
 import time
 from collections.abc import Mapping
@@ -48,6 +49,9 @@ def work(order: Order) -> str | None:
     """Do an order's tasks as one rank; return the line of a bad input, or None."""
     if order.launcher is not None:
         end_with(order.launcher)
+    else:
+        # submitit would requeue what has nothing to save, and count that. Training listens while it can save.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     prepare_environment(order.threads)
     import torch
 
@@ -71,25 +75,22 @@ def work(order: Order) -> str | None:
             report=log.write if log else lambda event: None,
         )
         for name in order.todo:
+            if context.ranks.broadcast(context.tasks[name].done if rank == 0 else None):
+                continue  # by a job that was requeued after its end
             error = _do(context, name)
             if error is not None and order.launcher is None:
-                give_up(error, first=rank == 0)
+                give_up(error)
             if error is not None:
                 return str(error)
         torch.distributed.destroy_process_group()
     return None
 
 
-def give_up(error: InputError, *, first: bool) -> NoReturn:
-    """End a rank of a cluster's job: requeued if it was asked to stop, or else for good."""
-    from slurm.graph import STOPPED, WOULD_FAIL_AGAIN, requeue
+def give_up(error: InputError) -> NoReturn:
+    """End a rank of a cluster's job, which is then requeued if it was asked to stop (`slurm.graph.teardown`)."""
+    from slurm.graph import STOPPED, WOULD_FAIL_AGAIN
 
-    if not isinstance(error, Stopped):
-        raise SystemExit(WOULD_FAIL_AGAIN)
-    if first:
-        requeue()
-    time.sleep(60)  # SLURM ends all ranks meanwhile
-    raise SystemExit(STOPPED)
+    raise SystemExit(STOPPED if isinstance(error, Stopped) else WOULD_FAIL_AGAIN)
 
 
 def prepare_environment(threads: int) -> None:

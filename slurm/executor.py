@@ -82,15 +82,24 @@ def _unanswered() -> str | None:
     return None if asked.returncode == 0 else (asked.stderr.strip().splitlines() or ["sinfo failed"])[-1]
 
 
-def submit(job: Job, kind: Kind, folder: Path) -> Any:
-    """Submit a job and return submitit's handle; its scripts, pickles and logs go into the folder."""
-    import submitit
+def prepare(folder: Path) -> None:
+    """Make a folder for submitit's files.
 
+    Raises:
+        InputError: submitit would fill in a part of its path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if re.search("%[jtaA]", str(folder)):
         raise InputError(f"{folder}: submitit fills in %j, %t, %a and %A in paths; choose one without them")
     # Ranks must not find a user's own `train.py` or `eval/` in the current folder before this project's rooms.
     os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def submit(job: Job, kind: Kind, folder: Path) -> Any:
+    """Submit a job and return submitit's handle; its scripts, pickles and logs go into the folder."""
+    import submitit
+
+    prepare(folder)
     executor = submitit.AutoExecutor(folder=folder, cluster=kind)
     parameters: dict[str, Any] = {
         "name": job.name,

@@ -4,23 +4,26 @@ submitit submits. Jobs that wait for the same ones and ask for the same become o
 one call of sbatch. Then nobody is needed any more: the login shell may close.
 """
 
+import contextlib
 import os
 import re
 import shlex
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import InputError
-from slurm.executor import Job
+from slurm.executor import Job, prepare
 
 WIDTH = 50
 """Tasks of an array that run at once."""
+LARGEST = 500
+"""Tasks of an array at most; sites allow 1000 and more."""
 WOULD_FAIL_AGAIN, STOPPED = 3, 75
-"""Exit codes of a rank: bad input, which no second try mends; asked to stop, saved, and requeued already."""
+"""Exit codes of a rank: bad input, which no second try mends; asked to stop and saved, to be requeued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,11 @@ class Planned:
 
 
 def submit_all(
-    jobs: Mapping[str, Planned], folder: Path, *, running: Mapping[str, str] | None = None
+    jobs: Mapping[str, Planned],
+    folder: Path,
+    *,
+    running: Mapping[str, str] | None = None,
+    note: Callable[[Mapping[str, str]], None] = lambda ids: None,
 ) -> dict[str, str]:
     """Submit a graph and return the id of each job by name.
 
@@ -41,27 +48,50 @@ def submit_all(
         jobs: by name, each after those that it names.
         folder: of submitit's scripts, pickles and logs.
         running: ids of jobs by name that were submitted before and are still to end.
+        note: told of the ids so far after each call of sbatch.
 
     Raises:
-        InputError: the scheduler rejects a job; those that it had taken are cancelled.
+        InputError: the scheduler rejects a job, or ranks cannot be shared by nodes. Whatever ends this early, jobs that
+            the scheduler had taken are cancelled.
     """
     import submitit
 
-    folder.mkdir(parents=True, exist_ok=True)
+    for planned in jobs.values():
+        parameters(planned.job)
+    prepare(folder)
     known, found = dict(running or {}), dict[str, str]()
+    group: tuple[str, ...] = ()
     try:
         for group in groups(jobs, known):
             ids = sorted({known[name] for name in jobs[group[0]].after})
             executor = submitit.SlurmExecutor(folder=folder)
             executor.update_parameters(**parameters(jobs[group[0]].job, ids))
-            with executor.batch():
+            with _outside_of_a_job(), executor.batch():
                 handles = [executor.submit(jobs[name].job.function, *jobs[name].job.arguments) for name in group]
             for name, handle in zip(group, handles, strict=True):
                 known[name] = found[name] = str(handle.job_id)
-    except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
+            note(found)
+    except BaseException as error:
         cancel(found.values())
-        raise InputError(f"the scheduler rejects {group[0]}: {_last_words(error)}") from error
+        if isinstance(error, subprocess.CalledProcessError | RuntimeError):
+            raise InputError(f"the scheduler rejects {group[0]}: {_last_words(error)}") from error
+        raise
     return found
+
+
+@contextlib.contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hide the variables of the job that this process is in, if it is: jobs that it submits would take them over.
+
+    submitit's own `clean_env` hides SLURM_CONF as well, without which some sites' commands find no cluster.
+    """
+    hidden = {
+        name: os.environ.pop(name) for name in [*os.environ] if name.startswith("SLURM_") and name != "SLURM_CONF"
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def groups(jobs: Mapping[str, Planned], known: Iterable[str] = ()) -> list[tuple[str, ...]]:
@@ -74,7 +104,7 @@ def groups(jobs: Mapping[str, Planned], known: Iterable[str] = ()) -> list[tuple
                 ready[frozenset(planned.after), _asked(planned.job)].append(name)
         assert ready, f"{sorted(left)} wait for one another, or for what is not there"
         for names in ready.values():
-            found.append(tuple(names))
+            found.extend(tuple(names[at : at + LARGEST]) for at in range(0, len(names), LARGEST))
             there.update(names)
             for name in names:
                 del left[name]
@@ -99,7 +129,8 @@ def parameters(job: Job, after: Sequence[str] = ()) -> dict[str, Any]:
         "cpus_per_task": job.threads,
         "array_parallelism": WIDTH,
         "signal_delay_s": job.lead_s,
-        "srun_args": ["--kill-on-bad-exit=1"],
+        # What a step inherits of these differs from one version of SLURM to the next.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={job.threads}"],
         "teardown": teardown(job),
         "setup": list(job.setup),
     }
@@ -116,23 +147,29 @@ def parameters(job: Job, after: Sequence[str] = ()) -> dict[str, Any]:
 def teardown(job: Job) -> list[str]:
     """Return the last lines of a job's script: what failed is tried again, `job.restarts` times, where that may help.
 
-    Being stopped does not count, nor does a node that dies, which takes the script with it: SLURM requeues those.
+    Being stopped does not count, nor does it when the script's own node dies: SLURM requeues that job.
     """
-    failures = f'{shlex.quote(str(job.failures))}/"$SLURM_JOB_ID"'
+    failures = f'{shlex.quote(str(job.failures))}/"$job"'
     return [
         "code=$?",
+        # A bare id of an array's task may stand for the whole array.
+        'job="$SLURM_JOB_ID"',
+        '[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
         f'if [ "$code" -ne 0 ] && [ "$code" -ne {WOULD_FAIL_AGAIN} ] && [ "$code" -ne {STOPPED} ]; then',
         f"  mkdir -p {shlex.quote(str(job.failures))}",
         f'  echo "$code $SLURM_JOB_NODELIST" >> {failures}',
-        f'  if [ "$(wc -l < {failures})" -le {job.restarts} ]; then scontrol requeue "$SLURM_JOB_ID" && sleep 60; fi',
+        f'  [ "$(wc -l < {failures})" -gt {job.restarts} ] || code={STOPPED}',
+        "fi",
+        # Not what was cancelled meanwhile, nor what SLURM requeues itself.
+        'case "$(squeue --noheader --jobs="$job" --format=%T)" in COMPLETING|CANCELLED|PREEMPTED) exit "$code";; esac',
+        f'if [ "$code" -eq {STOPPED} ]; then',
+        "  for try in 1 2 3 4 5 6; do",
+        '    scontrol requeue "$job" && sleep 120 && break',
+        "    sleep 10",
+        "  done",
         "fi",
         'exit "$code"',
     ]
-
-
-def requeue() -> None:
-    """Have this job start again; it is ended by that."""
-    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, check=False)
 
 
 def cancel(ids: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """What the scheduler says of jobs: one call of squeue for all of them, whatever their number."""
 
 import getpass
+import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ class Queued:
         return "" if self.state == "RUNNING" else REASONS.get(self.reason, self.reason)
 
 
-def queued(ids: Iterable[str]) -> dict[str, Queued]:
+def queued(ids: Iterable[str], user: str | None = None) -> dict[str, Queued]:
     """Return those of the jobs that have not ended, by id.
+
+    Args:
+        user: who submitted them; this process' by default.
 
     Raises:
         InputError: the scheduler does not answer.
@@ -60,9 +64,11 @@ def queued(ids: Iterable[str]) -> dict[str, Queued]:
     if not wanted:
         return {}
     form = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
-    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--Format={form}"]
+    command = ["squeue", "--noheader", "--array", f"--user={user or getpass.getuser()}", f"--Format={form}"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
+        # What a user has set for his own squeue would hide jobs.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S, env=own)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(f"squeue: {error}") from error
     if asked.returncode:

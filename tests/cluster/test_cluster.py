@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cluster as module
@@ -140,7 +141,9 @@ def test_a_cluster_whose_process_was_killed_is_stopped_by_the_next_one(cluster):
 
 def test_the_command_stops_its_cluster_at_ctrl_c():
     command = [sys.executable, module.__file__, "run", "--nodes=1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # What a shell starts in the background ignores SIGINT, and so does all that it starts.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear) as process:
         line = process.stdout.readline()
         conf = Path(line.removeprefix("export SLURM_CONF=").strip())
         mine = Cluster(conf.parent)

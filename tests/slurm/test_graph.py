@@ -64,23 +64,37 @@ def test_a_script_has_what_the_file_asks_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "tries", "requeued"), [(1, 2, True), (137, 3, True), (1, 4, False), (3, 1, False), (75, 1, False)]
+    ("code", "tries", "state", "requeued"),
+    [
+        (1, 2, "RUNNING", True),
+        (137, 3, "RUNNING", True),
+        (1, 4, "RUNNING", False),  # once too often
+        (3, 1, "RUNNING", False),  # bad input
+        (75, 9, "RUNNING", True),  # asked to stop: as often as that happens
+        (75, 1, "COMPLETING", False),  # cancelled
+        (0, 1, "RUNNING", False),
+    ],
 )
-def test_what_failed_is_tried_again_where_that_may_help(tmp_path, code, tries, requeued):
-    """The end of a script, run by bash after that many tries, with an scontrol that only notes what it is asked."""
-    job = planned(restarts=3, failures=tmp_path / "failed tries").job
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" >> "$0.asked"\nexit 1\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    script = f"(exit {code})\n" + "\n".join(parameters(job)["teardown"])
+@pytest.mark.parametrize("job", ["7", "5_2"])
+def test_what_failed_is_tried_again_where_that_may_help(tmp_path, code, tries, state, requeued, job):
+    """The end of a script, run by bash after that many tries, with commands that only note what they are asked."""
+    commands = {"scontrol": 'echo "$@" >> "$0.asked"', "squeue": f"echo {state}", "sleep": "exit 0"}
+    for name, line in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    script = f"(exit {code})\n" + "\n".join(parameters(planned(failures=tmp_path / "failed tries").job)["teardown"])
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
-    for number in range(tries):
+    if "_" in job:
+        environment |= dict(zip(("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"), job.split("_"), strict=True))
+    for _ in range(tries):
         (tmp_path / "scontrol.asked").unlink(missing_ok=True)
         ended = subprocess.run(["bash", "-c", script], env=environment, check=False)
-        assert ended.returncode == code, number
+    assert ended.returncode == (75 if requeued else code)
     assert (tmp_path / "scontrol.asked").exists() == requeued
     if requeued:
-        assert (tmp_path / "scontrol.asked").read_text() == "requeue 7\n"
-        assert (tmp_path / "failed tries" / "7").read_text() == f"{code} n[1-2]\n" * tries
+        assert (tmp_path / "scontrol.asked").read_text() == f"requeue {job}\n"
+    if code in (1, 137):
+        assert (tmp_path / "failed tries" / job).read_text() == f"{code} n[1-2]\n" * tries
 
 
 def test_ranks_that_nodes_cannot_share_are_one_line():
