@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,8 +134,12 @@ def test_a_training_that_is_hit_ends_with_the_same_model(local, folder, environm
 
 
 def test_what_needs_a_failed_stage_never_starts_and_the_rest_goes_on(local, folder, environment, cluster):
-    workdir = folder / "failing"
-    broken = SMALL.replace("data: swe, training: {steps: 6}", "data: swe, training: {steps: 6, lr: 1.0e+30}")
+    workdir, model = folder / "failing", folder / "given"
+    shutil.copytree(next(local.glob("stages/seed/*/model")), model)
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    broken = SMALL.replace("swe: {train: {from: seed", "swe: {train: {from: ./given")
     process = start(write(folder, broken), workdir, environment)
     _, err = process.communicate(timeout=400)
     assert process.returncode == 1
@@ -144,10 +149,11 @@ def test_what_needs_a_failed_stage_never_starts_and_the_rest_goes_on(local, fold
     states = {row["stage"]: row["state"] for row in shown}
     assert states["seed"] == states["est"] == states["evaluate/est"] == "done"
     assert states["swe"] == "failed" and states["both"] == states["evaluate/both"] == states["report"] == "not started"
-    process = start(write(folder), workdir, environment)
+    weights.write_bytes(whole)
+    process = start(write(folder, broken), workdir, environment)
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
-    assert numbers(workdir) == numbers(local)
+    assert losses(workdir, "swe") == losses(local, "swe")
 
 
 def test_who_submitted_may_leave_and_watch_again(local, folder, environment, cluster):

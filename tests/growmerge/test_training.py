@@ -422,6 +422,18 @@ def test_a_file_names_what_a_plan_has():
     assert {field.name for field in fields(Training)} == {field.name for field in fields(RunPlan)}
 
 
+def test_weights_of_another_model_are_one_line(home, whole):
+    model = home / "another"
+    shutil.copytree(whole / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    text = FILE.replace(FILE[FILE.index("shape:") : FILE.index("data:")], "model: another\n")
+    code, _, err = run(write(home, "mixed", text))
+    assert code in (1, 2)
+    assert err.strip().count("\n") == 0, err
+    assert "model.layers.2." in err and "another" in err
+
+
 def test_a_tokenizer_larger_than_the_model_is_one_line(home, whole):
     larger = train_tokenizer(
         [*texts("eng"), *texts("swe"), "xyzzy plugh " * 50], vocab_size=330, folder=home / "larger"
