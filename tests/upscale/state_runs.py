@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tiny import tiny_config
 
+import train.engine
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
 from train.batch import plain_batch
@@ -29,6 +30,7 @@ def run(ranks, start, folder, first, last, precision="float32", dynamics="free",
     """Train steps [first, last) from a folder, or from scratch; save at STOP; return losses and gradient norms."""
     source = open_checkpoint(start) if start else ScratchSource(config=tiny_config(**model), seed=1)
     share = BATCH // ranks.world_size
+    train.engine.SUB_GROUP = 10**9  # DeepSpeed's own, which is how files are written
     engine = Engine(source, replace(HOW, micro_batch=share, precision=precision, dynamics=dynamics), ranks)
     losses, norms = [], []
     for step in range(first, last):
