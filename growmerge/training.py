@@ -161,6 +161,11 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, executor: s
 
     resources = config.resources
     kind = choose(executor)
+    if kind == "slurm" and resources.nodes > 1:
+        raise InputError(
+            f"{path}: resources.nodes: this command submits jobs of one node alone: use `growmerge run`, or start its "
+            "ranks by srun or torchrun"
+        )
     threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.ranks)
     _begin(folder, key)
     with disk_errors(folder), Lease(folder / "lease.json", f"growmerge train {path}"):
