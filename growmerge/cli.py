@@ -46,6 +46,13 @@ def main(debug: bool) -> None:
     check_rooms()
 
 
+def _cluster(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of commands that submit jobs."""
+    profile = click.option("--profile", help="The cluster's profile, by name or path; the file's own by default.")
+    detach = click.option("--detach", is_flag=True, help="On a cluster: return when all is submitted.")
+    return profile(detach(command))
+
+
 def check_rooms() -> None:
     """Check that `train`, `merge`, ... are this project's: the names are generic, and another package may shadow them.
 
@@ -75,31 +82,40 @@ def check_rooms() -> None:
     show_default=True,
     help="Where stages run: processes of this machine, or SLURM jobs.",
 )
-@click.option("--dry-run", is_flag=True, help="Print stages, order, parameters, tokens, FLOPs and cost; do nothing.")
-def run(pipeline: Path, workdir: Path | None, executor: str, dry_run: bool) -> None:
+@_cluster
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print stages, order, parameters, tokens, FLOPs and cost; with --executor slurm the scripts of sbatch.",
+)
+def run(pipeline: Path, workdir: Path | None, executor: str, profile: str | None, detach: bool, dry_run: bool) -> None:
     """Run a PIPELINE file: all stages that are not up to date, in order; go on where a killed run stopped."""
     from growmerge.run import dry_run as print_plan
     from growmerge.run import run_pipeline
 
     if dry_run:
-        print_plan(pipeline, workdir)
+        print_plan(pipeline, workdir, executor, profile)
     else:
-        sys.exit(run_pipeline(pipeline, workdir, executor))
+        sys.exit(run_pipeline(pipeline, workdir, executor, profile, detach=detach))
+
+
+_WORKDIR = click.argument("workdir", type=click.Path(path_type=Path, exists=True, file_okay=False))
 
 
 @main.command()
-@click.argument("workdir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@_WORKDIR
 @click.option("--json", "as_json", is_flag=True, help="As JSON, for programs.")
-def status(workdir: Path, as_json: bool) -> None:
-    """Show the jobs of a WORKDIR on a cluster: what runs and how far, what waits and why, what failed."""
+@click.option("--watch", is_flag=True, help="Keep showing it until all have ended.")
+def status(workdir: Path, as_json: bool, watch: bool) -> None:
+    """Show the stages of a WORKDIR: what runs and how far, what waits and why, what failed."""
     from growmerge.status import show
 
-    show(workdir.absolute(), as_json=as_json)
+    show(workdir.absolute(), as_json=as_json, watch=watch)
 
 
 @main.command()
-@click.argument("workdir", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("stage")
+@_WORKDIR
+@click.argument("stage", required=False, default="")
 @click.option("--rank", default=0, show_default=True, help="Which of its processes.")
 def logs(workdir: Path, stage: str, rank: int) -> None:
     """Print what a rank of a STAGE's last job wrote to its log."""
@@ -109,13 +125,30 @@ def logs(workdir: Path, stage: str, rank: int) -> None:
 
 
 @main.command()
-@click.argument("workdir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@_WORKDIR
 @click.argument("stages", nargs=-1)
 def cancel(workdir: Path, stages: tuple[str, ...]) -> None:
-    """Cancel the jobs of a WORKDIR, or of some of its STAGES; what they have saved stays, and `run` goes on from it."""
-    from growmerge.status import cancel_all
+    """Cancel what runs from a WORKDIR, or some of its STAGES; what they have saved stays, and `run` goes on from it."""
+    from growmerge.status import cancel as cancel_jobs
 
-    click.echo(f"{cancel_all(workdir.absolute(), stages)} jobs cancelled")
+    click.echo(cancel_jobs(workdir.absolute(), stages))
+
+
+@main.command()
+@_WORKDIR
+@click.argument("stages", nargs=-1)
+def resubmit(workdir: Path, stages: tuple[str, ...]) -> None:
+    """Submit again what has failed, or was cancelled, of a WORKDIR; STAGES are taken out of the queue first."""
+    from growmerge.run import run_pipeline
+    from growmerge.status import again
+    from growmerge.status import cancel as cancel_jobs
+    from growmerge.training import train_file
+
+    command = again(workdir.absolute())
+    if stages:
+        click.echo(cancel_jobs(workdir.absolute(), stages))
+    submit = train_file if command["verb"] == "train" else run_pipeline
+    sys.exit(submit(Path(str(command["file"])), workdir, "slurm", command["profile"], detach=True))
 
 
 @main.command()
@@ -128,14 +161,16 @@ def cancel(workdir: Path, stages: tuple[str, ...]) -> None:
     show_default=True,
     help="Where its ranks run, unless torchrun or srun has started this command as one of them.",
 )
-def train(config: Path, workdir: Path | None, executor: str) -> None:
+@_cluster
+@click.option("--dry-run", is_flag=True, help="Print the script of sbatch; do nothing.")
+def train(config: Path, workdir: Path | None, executor: str, profile: str | None, detach: bool, dry_run: bool) -> None:
     """Train what CONFIG says: one run, which goes on by itself where a killed one stopped, on any number of ranks.
 
     Exit code 75: it was asked to stop (SIGTERM, SIGUSR2) and has saved; the same command goes on.
     """
     from growmerge.training import train_file
 
-    sys.exit(train_file(config, workdir, executor))
+    sys.exit(train_file(config, workdir, executor, profile, detach=detach, dry_run=dry_run))
 
 
 @main.command()

@@ -1,234 +1,350 @@
-"""A pipeline on a SLURM cluster: a job a stage, all submitted at once; who submitted them may watch, or leave.
+"""A run on a SLURM cluster: a job a stage, all submitted at once; who submitted them may watch, or leave.
 
-`submitted.json` in the workdir remembers the jobs. `growmerge run` on a workdir whose jobs are under way watches these,
-and submits what is not.
+`submitted.json` in the workdir remembers the jobs. The same command on a workdir whose jobs are under way watches
+these, and submits what is not.
 """
 
 import getpass
 import os
+import re
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint.files import read_json, write_json
+from growmerge.clusters import HOME, profile_of
 from growmerge.events import Follower, read_events
-from growmerge.tasks import Task
+from growmerge.schema import Resources
 from parallel.errors import InputError
 from slurm.executor import Job
-from slurm.graph import Planned, submit_all
+from slurm.graph import Planned, Taken, scripts, submit_all
 from slurm.queue import Queued, queued
 
 SUBMITTED = "submitted.json"
-PLACES = ("folder", "log", "result")
-"""Of an entry, relative to the workdir."""
 SILENT_S, LATE_S = 600.0, 60.0
 """How long the scheduler may not answer, and a result be late after its job's end (network file systems)."""
 POLL_S = 2.0
 """Seconds between two looks at the jobs: one question to the scheduler for all of them."""
-TOGETHER = ("train", "evaluate")
-"""Verbs whose work all ranks share; of the others one rank does it all."""
-LINES = 5
+PACKED = ("merge", "evaluate")
+"""Verbs of which several may share a job, where the file says so."""
+ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt|Exit)\b")
+"""How the last line of a traceback begins."""
+LINES = 3
 """Last lines of a failed job's log that are shown."""
+CODE = "code"
+"""Folder of a submission that holds the packages as they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A stage, as it is submitted."""
+
+    verb: str
+    together: bool
+    """Whether all ranks work on it; otherwise it takes one."""
+    after: tuple[str, ...]
+    """Stages that it needs."""
+    result: Path
+    """Folder that is complete when it has been done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a command submits from a workdir."""
+
+    name: str
+    workdir: Path
+    units: Mapping[str, Unit]
+    """All stages, each after those that it needs."""
+    resources: Resources
+    function: Callable[[Any], Any]
+    order: Callable[[tuple[str, ...], Path], Any]
+    """Returns the function's argument, for stages and the folder of their job's events."""
+    verb: str
+    file: Path
+    """The command's, to give it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A job that was submitted."""
+    """What was submitted of a stage."""
 
-    id: str
+    stage: str
+    ids: tuple[str, ...]
+    """Of its job and that job's successors."""
+    soft: bool
     user: str
     """Who submitted it."""
     folder: Path
-    """Of its events."""
-    log: Path
-    """What its first rank printed as errors."""
+    """Of its job's events."""
     result: Path
-    """Folder that is complete when it has ended well."""
+
+    @property
+    def taken(self) -> Taken:
+        return Taken(ids=self.ids, soft=self.soft)
+
+    def log_of(self, rank: int) -> Path:
+        """Return the file of what a rank wrote as errors: of the last of its jobs that has started."""
+        paths = [self.folder.parent / "logs" / f"{one}_{rank}_log.err" for one in self.ids]
+        return next((path for path in reversed(paths) if path.is_file()), paths[0])
 
 
 def submitted(workdir: Path) -> dict[str, Entry]:
     """Return the last job of each stage."""
     path = workdir / SUBMITTED
-    known = read_json(path) if path.is_file() else {}
+    known = read_json(path)["stages"] if path.is_file() else {}
     return {
-        name: Entry(**{key: workdir / value if key in PLACES else value for key, value in one.items()})
+        name: Entry(
+            stage=name,
+            ids=tuple(one["ids"]),
+            soft=one["soft"],
+            user=one["user"],
+            folder=workdir / one["folder"],
+            result=workdir / one["result"],
+        )
         for name, one in known.items()
     }
 
 
-def submit_stages(plan: Any, todo: Sequence[str], show: Any, began: float) -> None:
+def submit(submission: Submission, todo: Sequence[str], show: Any, done: Callable[[str], bool]) -> None:
     """Submit what is to be done and is not under way.
 
     Raises:
         InputError: the scheduler rejects a job, or does not answer.
     """
-    entries = submitted(plan.workdir)
+    workdir, entries = submission.workdir, submitted(submission.workdir)
     running = under_way(entries)
-    changed = [name for name in todo if name in running and entries[name].result != plan.tasks[name].folder]
+    changed = [name for name in todo if name in running and entries[name].result != submission.units[name].result]
     if changed:
         raise InputError(
-            f"{plan.workdir}: the job of {changed[0]} is under way with another configuration: "
-            f"`growmerge cancel {plan.workdir}` first"
+            f"{workdir}: the job of {changed[0]} is under way with another configuration: "
+            f"`growmerge cancel {workdir}` first"
         )
-    # Asked after the scheduler, so that what has just ended is not done again.
-    todo = [name for name in todo if name in running or not plan.tasks[name].done]
-    new = [name for name in todo if name not in running]
     if running:
         show.say(f"{len(running)} jobs are under way already")
+    # Asked after the scheduler, so that what has just ended is not done again.
+    new = [name for name in todo if name not in running and not done(name)]
     if new:
-        _submit(plan, new, entries, running, began)
+        _submit(submission, new, entries, running)
         show.say(f"{len(new)} jobs submitted; they go on without this command")
 
 
-def under_way(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Return the ids of the jobs that have not ended, by stage."""
-    found = _queued(entries)
-    return {name: entry.id for name, entry in entries.items() if entry.id in found}
-
-
-def _queued(entries: Mapping[str, Entry]) -> dict[str, Queued]:
-    found: dict[str, Queued] = {}
+def under_way(entries: Mapping[str, Entry]) -> dict[str, Queued]:
+    """Return what the scheduler says of the jobs that have not ended, by stage."""
+    answers: dict[str, Queued] = {}
     for user in {entry.user for entry in entries.values()}:
-        found |= queued((entry.id for entry in entries.values() if entry.user == user), user)
+        answers |= queued((one for entry in entries.values() if entry.user == user for one in entry.ids), user)
+    found = {}
+    for name, entry in entries.items():
+        jobs = [answers[one] for one in entry.ids if one in answers]
+        if jobs:  # of a job and its successors, the one that runs, or else the next
+            found[name] = next((job for job in jobs if job.state == "RUNNING"), jobs[0])
     return found
 
 
-def _plain(entry: Entry, workdir: Path) -> dict[str, str]:
-    places = {place: str(getattr(entry, place).relative_to(workdir)) for place in PLACES}
-    return {"id": entry.id, "user": entry.user, **places}
-
-
-def _submit(plan: Any, new: Sequence[str], entries: dict[str, Entry], running: Mapping[str, str], began: float) -> None:
+def _submit(
+    submission: Submission, new: Sequence[str], entries: dict[str, Entry], running: Mapping[str, Queued]
+) -> None:
     """Submit stages; `entries` and the file get each as soon as the scheduler has taken it."""
-    from growmerge.worker import Order, work
-
-    resources = plan.pipeline.resources
-    place = plan.workdir / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    threads = resources.threads or 1
-    waited = {*new, *running}
-    jobs: dict[str, Planned] = {}
-    (plan.workdir / "leases").mkdir(exist_ok=True)
-    for number, name in enumerate(new):
-        task: Task = plan.tasks[name]
-        together = task.verb in TOGETHER
-        folder = place / f"{number:04d}"
+    workdir, user = submission.workdir, getpass.getuser()
+    place = workdir / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folders = {names: place / f"{number:04d}" for number, names in enumerate(packs(submission, new))}
+    for folder in folders.values():
         folder.mkdir(parents=True)
-        order = Order(
-            pipeline=plan.pipeline,
-            nodes=plan.nodes,
-            tasks=plan.tasks,
-            todo=(name,),
-            base=plan.base,
-            workdir=plan.workdir,
-            events=folder / "events.jsonl",
-            rendezvous=None,
-            threads=threads,
-            began=began,
-            launcher=None,
-            lease=plan.workdir / "leases" / f"{task.key}.json",
+    (workdir / "leases").mkdir(exist_ok=True)
+    copy_code(place / CODE)
+
+    def note(taken: Mapping[str, Taken]) -> None:
+        for names, folder in folders.items():
+            if names[0] not in taken:
+                continue
+            for name in names:
+                entries[name] = Entry(
+                    stage=name,
+                    ids=taken[names[0]].ids,
+                    soft=taken[names[0]].soft,
+                    user=user,
+                    folder=folder,
+                    result=submission.units[name].result,
+                )
+        stages = {
+            name: {
+                **asdict(one),
+                "folder": str(one.folder.relative_to(workdir)),
+                "result": str(one.result.relative_to(workdir)),
+            }
+            for name, one in entries.items()
+        }
+        again = {"verb": submission.verb, "file": str(submission.file), "profile": submission.resources.profile}
+        write_json(workdir / SUBMITTED, {"again": again, "stages": stages})
+
+    known = {name: entries[name].taken for name in running}
+    submit_all(planned_jobs(submission, folders, place, known), place / "logs", running=known, note=note)
+
+
+def copy_code(folder: Path) -> None:
+    """Copy this project's packages: jobs run what was submitted, whatever is edited while they wait."""
+    from growmerge.cli import ROOMS
+
+    for room in (*ROOMS, "growmerge"):
+        shutil.copytree(HOME / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def packs(submission: Submission, new: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the stages in groups that share a job: one each, or up to `per_job` of a verb that wait for as much."""
+    levels: dict[str, int] = {}
+    found: list[list[str]] = []
+    last: dict[tuple[str, int], list[str]] = {}
+    for name in new:
+        unit = submission.units[name]
+        levels[name] = 1 + max((levels[other] for other in unit.after if other in levels), default=0)
+        kind = unit.verb, levels[name]
+        if unit.verb not in PACKED or len(last.get(kind, ())) % submission.resources.per_job == 0:
+            last[kind] = []
+            found.append(last[kind])
+        last[kind].append(name)
+    return [tuple(names) for names in sorted(found, key=lambda names: levels[names[0]])]
+
+
+def planned_jobs(
+    submission: Submission, folders: Mapping[tuple[str, ...], Path], place: Path, running: Iterable[str] = ()
+) -> dict[str, Planned]:
+    """Return the jobs of packs of stages, by the first stage of each.
+
+    Args:
+        folders: of events, by the stages of a pack.
+        place: of the submission.
+        running: stages whose jobs are under way already.
+
+    Raises:
+        InputError: the cluster has no nodes of what is asked for.
+    """
+    resources = submission.resources
+    profile = profile_of(resources.profile)
+    threads = resources.threads or 1
+    lead = profile.lead_seconds if resources.lead_seconds is None else resources.lead_seconds
+    first = {name: names[0] for names in folders for name in names}
+    waited = {*first, *running}
+    jobs = {}
+    for names, folder in folders.items():
+        unit = submission.units[names[0]]
+        ranks, nodes, gpus = (resources.ranks, resources.nodes, resources.gpus) if unit.together else (1, 1, 0)
+        profile.refuse(ranks=ranks, nodes=nodes, gpus=gpus, threads=threads, minutes=resources.minutes)
+        after = {other for name in names for other in submission.units[name].after if other in waited} - {*names}
+        jobs[names[0]] = Planned(
+            job=Job(
+                name=f"{submission.name}/{names[0]}" + (f"+{len(names) - 1}" if len(names) > 1 else ""),
+                function=submission.function,
+                arguments=(submission.order(names, folder),),
+                ranks=ranks,
+                nodes=nodes,
+                gpus=gpus,
+                threads=threads,
+                minutes=resources.minutes,
+                memory_gb=resources.memory_gb,
+                slurm={**profile.slurm, **resources.slurm},
+                setup=tuple(profile.lines(place / CODE)),
+                lead_s=lead,
+                restarts=resources.restarts,
+                failures=place / "failures",
+                code=place / CODE,
+                python=profile.command(submission.workdir),
+                gres=profile.gres,
+                srun=profile.srun,
+                requeue=profile.requeue,
+                successors=0 if profile.requeue or unit.verb != "train" else profile.successors,
+                soft=len(names) > 1,
+            ),
+            after=tuple(dict.fromkeys(first.get(name, name) for name in submission.units if name in after)),
         )
-        job = Job(
-            name=f"{plan.pipeline.name}/{name}",
-            function=work,
-            arguments=(order,),
-            ranks=resources.ranks if together else 1,
-            nodes=resources.nodes if together else 1,
-            threads=threads,
-            minutes=resources.minutes,
-            memory_gb=resources.memory_gb,
-            gpus=resources.gpus if together else 0,
-            slurm=resources.slurm,
-            restarts=resources.restarts,
-            lead_s=resources.lead_seconds,
-            failures=place / "failures",
-        )
-        jobs[name] = Planned(job=job, after=tuple(other for other in task.inputs if other in waited))
-    logs = place / "logs"
-    user = getpass.getuser()
-
-    def note(ids: Mapping[str, str]) -> None:
-        for at, name in enumerate(new):
-            if name in ids:
-                log, result = logs / f"{ids[name]}_0_log.err", plan.tasks[name].folder
-                folder = place / f"{at:04d}"
-                entries[name] = Entry(id=ids[name], user=user, folder=folder, log=log, result=result)
-        write_json(plan.workdir / SUBMITTED, {name: _plain(one, plan.workdir) for name, one in entries.items()})
-
-    submit_all(jobs, logs, running=running, note=note)
+    return jobs
 
 
-def watch_stages(plan: Any, names: Sequence[str], show: Any) -> str | None:
+def print_scripts(submission: Submission, todo: Sequence[str]) -> None:
+    """Print what would be submitted; where the scheduler would give a job's id, `@stage` stands for it."""
+    place = submission.workdir / "jobs" / "submission"
+    folders = {names: place / f"{number:04d}" for number, names in enumerate(packs(submission, todo))}
+    for names, script in scripts(planned_jobs(submission, folders, place), place / "logs"):
+        print(f"# --- {', '.join(names)}\n{script}\n")
+
+
+def watch(submission: Submission, names: Sequence[str], show: Any, done: Callable[[str], bool]) -> str | None:
     """Show how far the jobs are until all have ended; return what failed, if something did."""
-    entries = {name: entry for name, entry in submitted(plan.workdir).items() if name in names}
+    entries = {name: entry for name, entry in submitted(submission.workdir).items() if name in names}
     try:
-        return _watch(plan, entries, show)
+        return _watch(entries, show, done)
     except KeyboardInterrupt:
         show.say("no longer watched; the jobs go on, and the same command watches them again")
         raise
 
 
-def _watch(plan: Any, entries: Mapping[str, Entry], show: Any) -> str | None:
-    followers = {name: Follower(entry.folder / "events.jsonl") for name, entry in entries.items()}
+def _watch(entries: Mapping[str, Entry], show: Any, done: Callable[[str], bool]) -> str | None:
+    followers = {entry.folder: Follower(entry.folder / "events.jsonl") for entry in entries.values()}
     left, gone = set(entries), dict[str, float]()
     answered = time.monotonic()
     while left:
         show.tick()
-        for name in sorted(left):
-            for event in followers[name].new():
-                show.event(event)
+        _tell(followers, show)
         try:
-            running = under_way(entries)
+            running = {*under_way(entries)}
             answered = time.monotonic()
         except InputError:
             if time.monotonic() - answered > SILENT_S:
                 raise
-            running = dict.fromkeys(left, "")
-        for name in sorted(left - set(running)):
+            running = {*left}
+        for name in sorted(left - running):
             late = time.monotonic() - gone.setdefault(name, time.monotonic()) > LATE_S
-            if plan.tasks[name].done or late or not ran(entries[name]) or _said(entries[name]):
+            if done(name) or late or not ran(entries[name]) or said(entries[name]):
                 left.remove(name)
-                for event in followers[name].new():
-                    show.event(event)
+        _tell(followers, show)
         time.sleep(POLL_S if left else 0)
-    missing = [name for name in entries if not plan.tasks[name].done]
+    missing = [name for name in entries if not done(name)]
     failed = [name for name in missing if ran(entries[name])]
     if not missing:
         return None
     waiting = len(missing) - len(failed)
     rest = f"; {waiting} stages that need it did not start" if waiting else ""
-    return (f"{failed[0]}: {why(entries[failed[0]])}" if failed else f"{missing[0]}: its job is gone") + rest
+    return (f"{failed[0]}: {why(entries[failed[0]])}" if failed else f"{missing[0]}: {NO_WORD}") + rest
 
 
-def _said(entry: Entry) -> list[str]:
-    """Return what a job said of why it failed."""
+def _tell(followers: Mapping[Path, Follower], show: Any) -> None:
+    for follower in followers.values():
+        for event in follower.new():
+            show.event(event)
+
+
+NO_WORD = "its job is gone and left no log: is the workdir on a file system that the nodes share?"
+
+
+def events_of(entry: Entry) -> list[dict[str, Any]]:
+    """Return what a stage's job has said of it."""
     events = read_events(entry.folder / "events.jsonl")
-    return [str(event["text"]) for event in events if event["event"] == "error"]
+    return [event for event in events if event.get("stage", entry.stage) == entry.stage]
+
+
+def said(entry: Entry) -> list[str]:
+    """Return what a job said of why it failed."""
+    return [str(event["text"]) for event in events_of(entry) if event["event"] == "error"]
 
 
 def ran(entry: Entry) -> bool:
-    """Return whether a job has started."""
-    return (entry.folder / "events.jsonl").is_file() or entry.log.is_file()
+    """Return whether a stage has been begun, or its job at least has left a word."""
+    if any(event["event"] in ("start", "error") for event in events_of(entry)):
+        return True
+    return not (entry.folder / "events.jsonl").is_file() and entry.log_of(0).is_file()
 
 
 def why(entry: Entry) -> str:
     """Return why a job failed: its own words, or the last lines of its log."""
-    if said := _said(entry):
-        return said[-1]
-    lines = entry.log.read_text(errors="replace").strip().splitlines() if entry.log.is_file() else []
-    last = " | ".join(line.strip() for line in lines[-LINES:])
-    return f"its job {entry.id} failed: {last[-500:] or 'it left no word'}; log: {entry.log}"
-
-
-def states(workdir: Path) -> dict[str, tuple[Entry, Queued | None]]:
-    """Return the last job of each stage, and what the scheduler says of it; nothing of those that have ended.
-
-    Raises:
-        InputError: nothing was submitted from this workdir.
-    """
-    entries = submitted(workdir)
-    if not entries:
-        raise InputError(f"{workdir}: no jobs of a cluster were submitted from here")
-    found = _queued(entries)
-    return {name: (entry, found.get(entry.id)) for name, entry in entries.items()}
+    if found := said(entry):
+        return found[-1]
+    log = entry.log_of(0)
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: ")) and line.strip(" ~^|-")]
+    errors = [line for line in own if ERROR.match(line)]
+    # An exception's own line, or what was said last; srun only says that somebody failed.
+    last = errors[-1].strip() if errors else " | ".join(line.strip() for line in (own or lines)[-LINES:])
+    return f"its job {entry.ids[0]} failed: {last[-500:] or 'it left no word'}; log: {log}"

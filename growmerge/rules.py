@@ -120,10 +120,11 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "nodes": FROM_1,
         "restarts": FROM_0,
         "lead_seconds": FROM_1,
+        "per_job": FROM_1,
         "ranks": FROM_1,
         "threads": FROM_1,
         "minutes": FROM_1,
-        "memory_gb": FROM_1,
+        **dict.fromkeys(("memory_gb", "cores", "total_memory_gb"), FROM_1),
     },
     Pipeline: {"seed": FROM_0},
 }
@@ -229,6 +230,9 @@ def merge(merge: MergeStage) -> Iterator[Problem]:
 def resources(resources: Resources) -> Iterator[Problem]:
     if resources.ranks % resources.nodes:
         yield "nodes", f"{resources.ranks} ranks cannot be shared evenly by {resources.nodes} nodes"
+    for name in ("cores", "total_memory_gb"):
+        if resources.pack and getattr(resources, name) is not None:
+            yield name, "has a meaning with `pack: false` alone: a single job takes what it takes"
 
 
 def study(study: Study) -> Iterator[Problem]:

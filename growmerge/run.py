@@ -2,12 +2,13 @@
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from checkpoint.files import disk_errors, read_json, write_bytes
+from growmerge.clusters import profile_of, workdir_of
 from growmerge.config import load_pipeline
 from growmerge.events import EventLog
 from growmerge.graph import Node, expand
@@ -17,6 +18,8 @@ from growmerge.tasks import Task, build_tasks
 from parallel.errors import InputError
 
 PUBLISHED = ("report.html", "report.md", "results.json")
+TOGETHER = ("train", "evaluate")
+"""Verbs whose work all ranks share; of the others one rank does it all."""
 HERE = ("text",)
 """Verbs that run in this process before anything is submitted: they need the network, which compute nodes may lack."""
 
@@ -32,15 +35,20 @@ class Plan:
     workdir: Path
 
 
-def load(path: Path, workdir: Path | None) -> Plan:
+def load(path: Path, workdir: Path | None, profile: str | None = None) -> Plan:
     """Read a pipeline file and say what it comes to.
+
+    Args:
+        profile: of the cluster, instead of the one that the file names.
 
     Raises:
         InputError: anything wrong in the file, with its line.
     """
     pipeline, lines = load_pipeline(path)
+    if profile is not None:
+        pipeline = replace(pipeline, resources=replace(pipeline.resources, profile=profile))
     nodes = expand(pipeline, lines, path)
-    workdir = (workdir or Path("runs") / pipeline.name).absolute()
+    workdir = workdir_of(workdir, pipeline.resources, pipeline.name)
     base = path.absolute().parent
     model_configs(pipeline, nodes, base=base)  # refuses shapes that do not fit, before anything runs
     return Plan(
@@ -48,31 +56,101 @@ def load(path: Path, workdir: Path | None) -> Plan:
     )
 
 
-def dry_run(path: Path, workdir: Path | None) -> None:
-    """Print the stages in order with their inputs, parameters, tokens, FLOPs and estimated cost."""
+def dry_run(path: Path, workdir: Path | None, executor: str, profile: str | None) -> None:
+    """Print the stages in order with their inputs, parameters, tokens, FLOPs and estimated cost.
+
+    With `slurm` print what would be submitted instead, whether there is a cluster or not.
+    """
+    loaded = load(path, workdir, profile)
+    if executor == "slurm":
+        from growmerge.on_cluster import print_scripts
+
+        todo = [name for name, task in loaded.tasks.items() if task.verb not in HERE and not task.done]
+        return print_scripts(submission(loaded, path, time.time()), todo)
     from growmerge.plan import plan, print_plan
 
-    loaded = load(path, workdir)
-    print_plan(plan(loaded.pipeline, loaded.nodes, base=loaded.base), loaded.pipeline)
+    return print_plan(plan(loaded.pipeline, loaded.nodes, base=loaded.base), loaded.pipeline)
 
 
-def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
-    """Run what is not up to date and return the exit code: 0 done, 1 a stage or a check failed."""
+def submission(plan: Plan, path: Path, began: float) -> Any:
+    """Return a pipeline as it is submitted to a cluster."""
+    from growmerge.on_cluster import Submission, Unit
+    from growmerge.worker import Order, work
+
+    def order(names: tuple[str, ...], folder: Path) -> Order:
+        known = _with_inputs(plan.tasks, names)
+        return Order(
+            pipeline=plan.pipeline,
+            nodes={name: node for name, node in plan.nodes.items() if name in known},
+            tasks=known,
+            todo=names,
+            base=plan.base,
+            workdir=plan.workdir,
+            events=folder / "events.jsonl",
+            rendezvous=None,
+            threads=plan.pipeline.resources.threads or 1,
+            began=began,
+            launcher=None,
+            leases=plan.workdir / "leases",
+        )
+
+    units = {
+        name: Unit(verb=task.verb, together=task.verb in TOGETHER, after=task.inputs, result=task.folder)
+        for name, task in plan.tasks.items()
+    }
+    return Submission(
+        name=plan.pipeline.name,
+        workdir=plan.workdir,
+        units=units,
+        resources=plan.pipeline.resources,
+        function=work,
+        order=order,
+        verb="run",
+        file=path.absolute(),
+    )
+
+
+def _with_inputs(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, Task]:
+    """Return tasks, all that they go back to, and the report, which model cards look for."""
+    found: set[str] = set()
+    left = [*names]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += tasks[name].inputs
+    return {name: task for name, task in tasks.items() if name in found or name == "report"}
+
+
+def run_pipeline(
+    path: Path, workdir: Path | None, executor: str, profile: str | None = None, *, detach: bool = False
+) -> int:
+    """Run what is not up to date and return the exit code: 0 done, 1 a stage or a check failed.
+
+    Args:
+        detach: on a cluster, return when all is submitted.
+    """
     began = time.time()
-    plan = load(path, workdir)
+    plan = load(path, workdir, profile)
     todo = [name for name, task in plan.tasks.items() if not task.done]
     if not todo:
         return _finished(plan, [])
+    from growmerge.on_machine import queue_of, run_stages
     from growmerge.show import Show
     from growmerge.worker import JOB_LEASE
     from slurm.executor import choose
-    from slurm.lease import Lease, holder
+    from slurm.lease import Lease
 
     kind = choose(executor)
+    if kind == "local":
+        # Refuses what this machine has no room for before anything runs.
+        queue_of(plan, [name for name in todo if plan.tasks[name].verb not in HERE], began)
     with disk_errors(plan.workdir):
+        if kind == "slurm":
+            profile_of(plan.pipeline.resources.profile).prepare(plan.workdir)
         plan.workdir.mkdir(parents=True, exist_ok=True)
     with disk_errors(plan.workdir), Lease(plan.workdir / "lease.json", f"growmerge run {path}"):
-        _wait_for_orphans(plan.workdir / JOB_LEASE, holder)
+        wait_for_orphans(plan.workdir / JOB_LEASE)
         # Another run may have done some of it between the look above and the lease.
         todo = [name for name, task in plan.tasks.items() if not task.done]
         with Show(_weights(plan, todo), EventLog(plan.workdir / "log.jsonl")) as show:
@@ -80,19 +158,22 @@ def run_pipeline(path: Path, workdir: Path | None, executor: str) -> int:
                 _do_here(plan, name, show, began)
             left = [name for name in todo if plan.tasks[name].verb not in HERE]
             if kind == "slurm":
-                from growmerge.on_cluster import submit_stages
+                from growmerge.on_cluster import submit
 
-                submit_stages(plan, left, show, began)
+                submit(submission(plan, path, began), left, show, lambda name: plan.tasks[name].done)
             elif (busy := _on_a_cluster(plan.workdir)) is not None:
                 raise InputError(f"{plan.workdir}: {busy} on a cluster: watch it there, or `growmerge cancel` it first")
-            elif (failed := _submit(plan, left, kind, show, began)) is not None:
+            elif (failed := run_stages(plan, left, show, began)) is not None:
                 show.say(failed)
                 return 1
     if kind == "slurm":  # watched without the lease: others may watch as well
-        from growmerge.on_cluster import watch_stages
+        if detach:
+            return 0
+        from growmerge.on_cluster import watch
 
         with Show(_weights(plan, left), EventLog(Path(os.devnull)), requeues=True) as show:
-            if (failed := watch_stages(plan, left, show)) is not None:
+            failed = watch(submission(plan, path, began), left, show, lambda name: plan.tasks[name].done)
+            if failed is not None:
                 show.say(failed)
                 return 1
     return _finished(plan, todo)
@@ -118,8 +199,10 @@ def _weights(plan: Plan, todo: list[str]) -> dict[str, float]:
     return {name: seconds.get(name, 0.0) for name in todo}
 
 
-def _wait_for_orphans(path: Path, holder: Any) -> None:
+def wait_for_orphans(path: Path) -> None:
     """Wait until the job of a killed run has noticed that its run is gone; it does so within a second."""
+    from slurm.lease import holder
+
     for _ in range(100):
         owner = holder(path)
         if owner is None:
@@ -147,55 +230,6 @@ def _do_here(plan: Plan, name: str, show: Any, began: float) -> None:
     )
     do(context, plan.tasks[name])
     show.event({"event": "done", "stage": name, "seconds": round(time.time() - started, 2)})
-
-
-def _submit(plan: Plan, todo: list[str], kind: Any, show: Any, began: float) -> str | None:
-    """Run tasks as jobs, packed into one or a job each; return the line to end with if something failed."""
-    packs = [todo] if plan.pipeline.resources.pack else [[name] for name in todo]
-    for pack in packs:
-        if pack and (failed := _run_job(plan, pack, kind, show, began)) is not None:
-            return failed
-    return None
-
-
-def _run_job(plan: Plan, pack: list[str], kind: Any, show: Any, began: float) -> str | None:
-    from growmerge.jobs import run_job
-    from growmerge.worker import Order, work
-    from slurm.executor import Job
-    from slurm.lease import this_process
-
-    resources = plan.pipeline.resources
-    threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.ranks)
-    folder = plan.workdir / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{len(pack)}"
-    folder.mkdir(parents=True)
-    me = this_process("run")
-    order = Order(
-        pipeline=plan.pipeline,
-        nodes=plan.nodes,
-        tasks=plan.tasks,
-        todo=tuple(pack),
-        base=plan.base,
-        workdir=plan.workdir,
-        events=folder / "events.jsonl",
-        rendezvous=folder / "rendezvous" if kind == "local" else None,
-        threads=threads,
-        began=began,
-        launcher=(me.pid, me.started) if kind == "local" else None,
-    )
-    # Read by torch's threads when they start, and inherited by the ranks of this machine.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    job = Job(
-        name=plan.pipeline.name,
-        function=work,
-        arguments=(order,),
-        ranks=resources.ranks,
-        threads=threads,
-        minutes=resources.minutes,
-        memory_gb=resources.memory_gb,
-        gpus=resources.gpus,
-        slurm=resources.slurm,
-    )
-    return run_job(job, kind, folder, order.events, show, plan.workdir)
 
 
 def _finished(plan: Plan, done: list[str]) -> int:

@@ -338,10 +338,19 @@ class Resources:
     """Memory limit of a job (GB); none by default."""
     pack: bool = True
     """On this machine: run all stages in one job, which share one group of ranks; otherwise a job a stage."""
+    cores: int | None = None
+    """On this machine, with pack: false: cores that jobs take at a time; all by default."""
+    total_memory_gb: int | None = None
+    """On this machine, with pack: false: memory of the jobs at work, by their `memory_gb` (GB); all by default."""
     restarts: int = 3
     """How often a job of a cluster that failed is tried again; being preempted or out of time does not count."""
-    lead_seconds: int = 120
-    """Seconds before its time limit, or a preemption, at which a job of a cluster is told to save."""
+    lead_seconds: int | None = None
+    """Seconds before its time limit, or a preemption, at which a job of a cluster is told to save; by default what the
+    cluster's profile says, or 120."""
+    profile: str | None = None
+    """Name of a cluster's profile (configs/clusters), or its path; see docs/cluster.md."""
+    per_job: int = 1
+    """On a cluster: merges, and evaluations, that share a job, one after the other."""
     slurm: Mapping[str, str | int] = field(default_factory=dict)
     """Further sbatch options, such as `partition: gpu`."""
 

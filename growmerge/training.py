@@ -3,19 +3,21 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from checkpoint.files import disk_errors, read_json, write_json
 from growmerge import rules_mixture
+from growmerge.clusters import workdir_of
 from growmerge.config import Marks, load_file
 from growmerge.schema_train import TrainConfig
 from growmerge.tasks import WITHOUT_RESULT
-from parallel.errors import InputError, one_of
+from parallel.errors import InputError, Stopped, one_of
 
 RUN = "run.json"
 """What a run's folder says of itself: its configuration, and whether it is finished."""
@@ -59,11 +61,32 @@ def load(path: Path) -> tuple[TrainConfig, Marks]:
     return config, marks
 
 
-def train_file(path: Path, workdir: Path | None, executor: str) -> int:
-    """Train what a file says and return the exit code: 0 finished, 1 failed, 75 asked to stop and saved."""
+def train_file(
+    path: Path,
+    workdir: Path | None,
+    executor: str,
+    profile: str | None = None,
+    *,
+    detach: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Train what a file says and return the exit code: 0 finished, 1 failed, 75 asked to stop and saved.
+
+    Args:
+        profile: of the cluster, instead of the one that the file names.
+        detach: on a cluster, return when it is submitted.
+        dry_run: print the script that would be submitted, whether there is a cluster or not.
+    """
     config, marks = load(path)
-    folder = (workdir or Path("runs") / config.name).absolute()
+    if profile is not None:
+        config = replace(config, resources=replace(config.resources, profile=profile))
+    folder = workdir_of(workdir, config.resources, config.name)
     base = path.absolute().parent
+    if dry_run:
+        from growmerge.on_cluster import print_scripts
+
+        print_scripts(submission(config, base, folder, path), [config.name])
+        return 0
     key = _key(config)
     if _finished(folder, key, marks):
         print(f"nothing to do: {config.name} is finished; model: {folder / 'model'}")
@@ -73,7 +96,11 @@ def train_file(path: Path, workdir: Path | None, executor: str) -> int:
         plan_of(config).mesh(ranks[1] if ranks else config.resources.ranks)
     if ranks:
         return _as_rank(config, base, folder, key, *ranks)
-    return _launch(config, base, folder, key, executor, path)
+    from slurm.executor import choose
+
+    if choose(executor) == "slurm":
+        return _submit(config, base, folder, key, path, detach=detach)
+    return _launch(config, base, folder, key, path)
 
 
 def plan_of(config: TrainConfig) -> Any:
@@ -111,7 +138,15 @@ def _finished(folder: Path, key: str, marks: Marks) -> bool:
             f"{folder}: holds a run of another configuration ({marks.file} has changed since): "
             "give this one another name or --workdir, or delete the folder"
         )
-    return known is not None and bool(known.get("finished")) and manifest.is_complete(folder / "model")
+    return known is not None and _ended(folder)
+
+
+def _ended(folder: Path) -> bool:
+    """Return whether the run in a folder has left its model."""
+    from checkpoint import manifest
+
+    known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    return bool(known.get("finished")) and manifest.is_complete(folder / "model")
 
 
 def _launched() -> tuple[int, int, int] | None:
@@ -151,21 +186,67 @@ def _begin(folder: Path, key: str) -> None:
             write_json(folder / RUN, {"key": key, "finished": False})
 
 
-def _launch(config: TrainConfig, base: Path, folder: Path, key: str, executor: str, path: Path) -> int:
+def submission(config: TrainConfig, base: Path, folder: Path, path: Path) -> Any:
+    """Return a run as it is submitted to a cluster."""
+    from growmerge.on_cluster import Submission, Unit
+
+    def order(names: tuple[str, ...], place: Path) -> Order:
+        return Order(
+            config=config,
+            base=base,
+            folder=folder,
+            events=place / "events.jsonl",
+            rendezvous=None,
+            threads=config.resources.threads or 1,
+            launcher=None,
+        )
+
+    return Submission(
+        name=config.name,
+        workdir=folder,
+        units={config.name: Unit(verb="train", together=True, after=(), result=folder / "model")},
+        resources=config.resources,
+        function=work,
+        order=order,
+        verb="train",
+        file=path.absolute(),
+    )
+
+
+def _submit(config: TrainConfig, base: Path, folder: Path, key: str, path: Path, *, detach: bool) -> int:
+    """Submit the run as a job of a cluster and watch it."""
+    from growmerge.clusters import profile_of
+    from growmerge.events import EventLog
+    from growmerge.on_cluster import submit, watch
+    from growmerge.show import Show
+    from slurm.lease import Lease
+
+    names, job = [config.name], submission(config, base, folder, path)
+    profile_of(config.resources.profile).prepare(folder)
+    _begin(folder, key)
+    show = Show({config.name: 0.0}, EventLog(folder / "log.jsonl"), requeues=True)
+    with disk_errors(folder), Lease(folder / "lease.json", f"growmerge train {path}"), show:
+        submit(job, names, show, lambda name: _ended(folder))
+    if detach:
+        return 0
+    with Show({config.name: 0.0}, EventLog(Path(os.devnull)), requeues=True) as show:
+        show.stage = config.name
+        if (failed := watch(job, names, show, lambda name: _ended(folder))) is not None:
+            show.say(failed)
+            return 1
+    print(f"done: model: {folder / 'model'}")
+    return 0
+
+
+def _launch(config: TrainConfig, base: Path, folder: Path, key: str, path: Path) -> int:
     """Start the ranks as a job and follow it."""
     from growmerge.events import EventLog
     from growmerge.jobs import run_job
     from growmerge.show import Show
-    from slurm.executor import Job, choose
+    from slurm.executor import Job
     from slurm.lease import Lease, this_process
 
     resources = config.resources
-    kind = choose(executor)
-    if kind == "slurm" and resources.nodes > 1:
-        raise InputError(
-            f"{path}: resources.nodes: this command submits jobs of one node alone: use `growmerge run`, or start its "
-            "ranks by srun or torchrun"
-        )
     threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.ranks)
     _begin(folder, key)
     with disk_errors(folder), Lease(folder / "lease.json", f"growmerge train {path}"):
@@ -177,9 +258,9 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, executor: s
             base=base,
             folder=folder,
             events=place / "events.jsonl",
-            rendezvous=place / "rendezvous" if kind == "local" else None,
+            rendezvous=place / "rendezvous",
             threads=threads,
-            launcher=(me.pid, me.started) if kind == "local" else None,
+            launcher=(me.pid, me.started),
         )
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch's threads when they start
         job = Job(
@@ -191,11 +272,10 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, executor: s
             minutes=resources.minutes,
             memory_gb=resources.memory_gb,
             gpus=resources.gpus,
-            slurm=resources.slurm,
         )
         with Show({config.name: 0.0}, EventLog(folder / "log.jsonl")) as show:
             show.stage = config.name
-            failed = run_job(job, kind, place, order.events, show, folder, stops=True)
+            failed = run_job(job, order.events, show, folder, stops=True)
             if failed is not None:
                 show.say(failed)
                 return 1
@@ -208,10 +288,12 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, executor: s
 
 def work(order: Order) -> str | None:
     """Train as one rank of a job; return the line of a bad input, or None."""
-    from growmerge.worker import end_with, prepare_environment
+    from growmerge.worker import end_with, give_up, prepare_environment
 
     if order.launcher is not None:
         end_with(order.launcher)
+    else:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # see growmerge.worker.work
     prepare_environment(order.threads)
     from contextlib import nullcontext, suppress
 
@@ -236,10 +318,18 @@ def work(order: Order) -> str | None:
         ranks = connect(rank, world, rendezvous=order.rendezvous)
         try:
             with disk_errors(order.folder):
-                run(order.config, order.base, order.folder, ranks, report)
+                report({"event": "start"})
+                code = run(order.config, order.base, order.folder, ranks, report)
+                if code == STOPPED:
+                    raise Stopped("asked to stop; saved")
         except InputError as error:
+            stopped = isinstance(error, Stopped)
+            if stopped and order.launcher is not None:
+                return None  # whoever started it looks into run.json
             with suppress(OSError):  # the disk may be full
-                report({"event": "error", "text": str(error)})
+                report({"event": "stopped" if stopped else "error", "text": str(error)})
+            if order.launcher is None:
+                give_up(error)
             return str(error)
         torch.distributed.destroy_process_group()
     return None

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -41,8 +41,8 @@ class Order:
     """When the run began (seconds since the epoch)."""
     launcher: tuple[int, int] | None
     """(pid, start) of the process without which the job must not go on; None on a cluster."""
-    lease: Path | None = None
-    """Who does this order; by default one job a workdir."""
+    leases: Path | None = None
+    """Folder of leases, one a stage; by default one job a workdir."""
 
 
 def work(order: Order) -> str | None:
@@ -61,8 +61,9 @@ def work(order: Order) -> str | None:
 
     torch.set_num_threads(order.threads)
     rank, world = task_environment()
+    alone = order.leases is None
     # A new run waits for, or is refused by, a job that outlived its own.
-    with Lease(order.lease or order.workdir / JOB_LEASE, "a job of growmerge run") if rank == 0 else nullcontext():
+    with Lease(order.workdir / JOB_LEASE, "a job of growmerge run") if rank == 0 and alone else nullcontext():
         log = EventLog(order.events) if rank == 0 else None
         context = Context(
             pipeline=order.pipeline,
@@ -74,21 +75,24 @@ def work(order: Order) -> str | None:
             resources=Resources(threads=order.threads, began=order.began),
             report=log.write if log else lambda event: None,
         )
+        failed: list[InputError] = []
         for name in order.todo:
             if context.ranks.broadcast(context.tasks[name].done if rank == 0 else None):
                 continue  # by a job that was requeued after its end
-            error = _do(context, name)
-            if error is not None and order.launcher is None:
-                give_up(error)
-            if error is not None:
-                return str(error)
-        torch.distributed.destroy_process_group()
-    return None
+            if (error := _do(context, name, order.leases)) is not None:
+                failed.append(error)
+                if isinstance(error, Stopped) or order.leases is None:
+                    break  # where each stage has a lease of its own, others do not need it, or notice
+        if not failed:
+            torch.distributed.destroy_process_group()
+    if failed and order.launcher is None:
+        give_up(failed[-1])
+    return str(failed[-1]) if failed else None
 
 
 def give_up(error: InputError) -> NoReturn:
-    """End a rank of a cluster's job, which is then requeued if it was asked to stop (`slurm.graph.teardown`)."""
-    from slurm.graph import STOPPED, WOULD_FAIL_AGAIN
+    """End a rank of a cluster's job, which is then requeued if it was asked to stop (slurm/job.sh)."""
+    from slurm.script import STOPPED, WOULD_FAIL_AGAIN
 
     raise SystemExit(STOPPED if isinstance(error, Stopped) else WOULD_FAIL_AGAIN)
 
@@ -100,13 +104,18 @@ def prepare_environment(threads: int) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _do(context: Context, name: str) -> InputError | None:
+def _do(context: Context, name: str, leases: Path | None) -> InputError | None:
     """Do one task and say so; return what went wrong, or None."""
     from growmerge.verbs import do
 
     started = time.time()
+    if (missing := context.once(lambda: _missing(context, name))) is not None:
+        context.report({"event": "needs", "stage": name, "text": missing})
+        return InputError(missing)
     try:
-        with disk_errors(context.workdir):
+        with disk_errors(context.workdir), ExitStack() as held:
+            if leases is not None:
+                context.once(lambda: _take(held, leases / f"{context.tasks[name].key}.json"))
             context.report({"event": "start", "stage": name})
             do(context, context.tasks[name])
             seconds, memory = round(time.time() - started, 2), round(sum(context.ranks.gather(peak_memory())), 2)
@@ -117,6 +126,18 @@ def _do(context: Context, name: str) -> InputError | None:
             context.report({"event": kind, "stage": name, "text": str(error)})
         return error
     return None
+
+
+def _missing(context: Context, name: str) -> str | None:
+    """Return why a task cannot be begun, if it cannot: its job may start however those that it needs have ended."""
+    needed = [other for other in context.tasks[name].inputs if other in context.tasks]
+    return next((f"it needs {other}, which has failed" for other in needed if not context.tasks[other].done), None)
+
+
+def _take(held: ExitStack, path: Path) -> None:
+    from slurm.lease import Lease
+
+    held.enter_context(Lease(path, "a job of growmerge run"))
 
 
 def peak_memory() -> float:

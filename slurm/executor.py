@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,20 @@ class Job:
     """How often a job that failed is tried again; being preempted or out of time does not count."""
     failures: Path = Path()
     """Folder of the notes on failed tries."""
+    code: Path | None = None
+    """Folder of the packages that it runs, if that is a copy."""
+    python: str | None = None
+    """Command that runs Python on a cluster; the Python that submits by default."""
+    gres: str | None = None
+    """How GPUs are asked for, instead of --gpus-per-node."""
+    srun: tuple[str, ...] = ()
+    """Further options of srun."""
+    requeue: bool = True
+    """Whether the site lets jobs be requeued."""
+    successors: int = 0
+    """Jobs that are queued behind this one where it may not be requeued."""
+    soft: bool = False
+    """Whether what needs this job starts however it ended: a part of its work may have been done well."""
 
 
 def choose(wanted: str) -> Kind:
@@ -95,34 +110,20 @@ def prepare(folder: Path) -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
-def submit(job: Job, kind: Kind, folder: Path) -> Any:
-    """Submit a job and return submitit's handle; its scripts, pickles and logs go into the folder."""
+def submit(job: Job, folder: Path) -> Any:
+    """Start a job on this machine and return submitit's handle; its pickles and logs go into the folder."""
     import submitit
 
     prepare(folder)
-    executor = submitit.AutoExecutor(folder=folder, cluster=kind)
-    parameters: dict[str, Any] = {
-        "name": job.name,
-        # On this machine nobody waits for the place: a run takes the time it takes.
-        "timeout_min": job.minutes if kind == "slurm" else 60 * 24 * 365,
-        "tasks_per_node": job.ranks,
-        "nodes": 1,
-        "gpus_per_node": job.gpus,
-    }
-    if kind == "slurm":
-        parameters["cpus_per_task"] = job.threads
-        if job.memory_gb is not None:
-            parameters["mem_gb"] = job.memory_gb
-        if job.slurm:
-            parameters["slurm_additional_parameters"] = dict(job.slurm)
-    executor.update_parameters(**parameters)
+    executor = submitit.LocalExecutor(folder=folder)
+    # Nobody waits for the place: a run takes the time it takes.
+    executor.update_parameters(timeout_min=60 * 24 * 365, tasks_per_node=job.ranks, gpus_per_node=job.gpus)
     # A terminal's ctrl-C goes to all processes; this job's end is the submitter's to decide (`stop`).
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if kind == "local" else None
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return executor.submit(job.function, *job.arguments)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def tell(handle: Any, number: signal.Signals) -> None:
@@ -132,15 +133,14 @@ def tell(handle: Any, number: signal.Signals) -> None:
             rank.send_signal(number)
 
 
-def stop(handle: Any, kind: Kind) -> None:
-    """End a job and wait until it has ended."""
-    if kind == "slurm":
-        handle.cancel(check=False)
-        return
-    for rank in _ranks(handle).values():
-        with contextlib.suppress(psutil.Error):
-            rank.kill()
-    handle.wait()
+def stop(handle: Any) -> None:
+    """End a job of this machine, with all that its ranks have started, and wait until it has ended."""
+    while not handle.done():  # more than once, as it may be starting ranks just now
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SUBMITIT_LOCAL_JOB_ID") == handle.job_id:  # a dead rank's children too
+                    process.kill()
+        time.sleep(0.05)
 
 
 def _ranks(handle: Any) -> dict[int, psutil.Process]:

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,10 @@ from typing import Any
 
 from parallel.errors import InputError
 from slurm.executor import Job, prepare
+from slurm.script import parameters
 
-WIDTH = 50
-"""Tasks of an array that run at once."""
 LARGEST = 500
 """Tasks of an array at most; sites allow 1000 and more."""
-WOULD_FAIL_AGAIN, STOPPED = 3, 75
-"""Exit codes of a rank: bad input, which no second try mends; asked to stop and saved, to be requeued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,51 +30,103 @@ class Planned:
 
     job: Job
     after: tuple[str, ...] = ()
-    """Names in the graph, or ids of jobs that were submitted before."""
+    """Names in the graph, or of jobs that were submitted before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A job that the scheduler has taken."""
+
+    ids: tuple[str, ...]
+    """Its own, as submitit has it (12, or 12_3 of an array), and those of its successors, which start if it fails."""
+    soft: bool = False
+    """Whether what needs it starts however it ended, and looks by itself whether its input is there."""
 
 
 def submit_all(
     jobs: Mapping[str, Planned],
     folder: Path,
     *,
-    running: Mapping[str, str] | None = None,
-    note: Callable[[Mapping[str, str]], None] = lambda ids: None,
-) -> dict[str, str]:
-    """Submit a graph and return the id of each job by name.
+    running: Mapping[str, Taken] | None = None,
+    note: Callable[[Mapping[str, Taken]], None] = lambda taken: None,
+) -> dict[str, Taken]:
+    """Submit a graph and return what the scheduler has taken, by name.
 
     Args:
         jobs: by name, each after those that it names.
         folder: of submitit's scripts, pickles and logs.
-        running: ids of jobs by name that were submitted before and are still to end.
-        note: told of the ids so far after each call of sbatch.
+        running: jobs by name that were submitted before and are still to end.
+        note: told of the jobs so far after each call of sbatch.
 
     Raises:
         InputError: the scheduler rejects a job, or ranks cannot be shared by nodes. Whatever ends this early, jobs that
             the scheduler had taken are cancelled.
     """
-    import submitit
-
     for planned in jobs.values():
-        parameters(planned.job)
+        parameters(planned.job, folder)
     prepare(folder)
-    known, found = dict(running or {}), dict[str, str]()
+    known, found = dict(running or {}), dict[str, Taken]()
     group: tuple[str, ...] = ()
     try:
         for group in groups(jobs, known):
-            ids = sorted({known[name] for name in jobs[group[0]].after})
-            executor = submitit.SlurmExecutor(folder=folder)
-            executor.update_parameters(**parameters(jobs[group[0]].job, ids))
-            with _outside_of_a_job(), executor.batch():
-                handles = [executor.submit(jobs[name].job.function, *jobs[name].job.arguments) for name in group]
+            job = jobs[group[0]].job
+            handles = _submit([jobs[name].job for name in group], folder, needs(jobs[group[0]], known))
             for name, handle in zip(group, handles, strict=True):
-                known[name] = found[name] = str(handle.job_id)
+                known[name] = found[name] = Taken(ids=(handle,), soft=job.soft or job.successors > 0)
             note(found)
+            for _ in range(job.successors):  # such a job is a group of its own
+                ids = found[group[0]].ids
+                ids += tuple(_submit([job], folder, {"afternotok": ids[-1:]}))
+                known[group[0]] = found[group[0]] = Taken(ids=ids, soft=True)
+                note(found)
     except BaseException as error:
         cancel(found.values())
         if isinstance(error, subprocess.CalledProcessError | RuntimeError):
             raise InputError(f"the scheduler rejects {group[0]}: {_last_words(error)}") from error
         raise
     return found
+
+
+def _submit(jobs: Sequence[Job], folder: Path, dependencies: Mapping[str, Sequence[str]]) -> list[str]:
+    """Submit jobs that ask for the same, as an array where they are several, and return their ids."""
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder=folder, python=jobs[0].python)
+    executor.update_parameters(**parameters(jobs[0], folder, dependencies))
+    with _outside_of_a_job(), executor.batch():
+        handles = [executor.submit(job.function, *job.arguments) for job in jobs]
+    return [str(handle.job_id) for handle in handles]
+
+
+def needs(planned: Planned, known: Mapping[str, Taken]) -> dict[str, list[str]]:
+    """Return the ids of the jobs that a job waits for, by kind of dependency."""
+    found: dict[str, list[str]] = {"afterok": [], "afterany": []}
+    for name in planned.after:
+        found["afterany" if known[name].soft else "afterok"] += known[name].ids
+    return {kind: list(dict.fromkeys(ids)) for kind, ids in found.items()}
+
+
+def scripts(jobs: Mapping[str, Planned], folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Return what would be submitted: names of jobs, more than one of an array, and the script of them.
+
+    Where the scheduler would give ids, `@name` stands for the job of that name.
+    """
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    known: dict[str, Taken] = {}
+    for group in groups(jobs):
+        job = jobs[group[0]].job
+        python = job.python or shlex.quote(sys.executable)
+        script = _make_sbatch_string(
+            command=f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}",
+            folder=folder,
+            map_count=len(group) if len(group) > 1 else None,
+            **parameters(job, folder, needs(jobs[group[0]], known)),
+        )
+        for name in group:
+            successors = tuple(f"@{name}+{number}" for number in range(1, job.successors + 1))
+            known[name] = Taken(ids=(f"@{name}", *successors), soft=job.soft or job.successors > 0)
+        yield group, script
 
 
 @contextlib.contextmanager
@@ -101,7 +151,8 @@ def groups(jobs: Mapping[str, Planned], known: Iterable[str] = ()) -> list[tuple
         ready: dict[Any, list[str]] = defaultdict(list)
         for name, planned in left.items():
             if there.issuperset(planned.after):
-                ready[frozenset(planned.after), _asked(planned.job)].append(name)
+                alone = name if planned.job.successors else ""
+                ready[frozenset(planned.after), alone, _asked(planned.job)].append(name)
         assert ready, f"{sorted(left)} wait for one another, or for what is not there"
         for names in ready.values():
             found.extend(tuple(names[at : at + LARGEST]) for at in range(0, len(names), LARGEST))
@@ -113,68 +164,14 @@ def groups(jobs: Mapping[str, Planned], known: Iterable[str] = ()) -> list[tuple
 
 def _asked(job: Job) -> Any:
     """Return what jobs of one array have in common."""
-    kept = (job.function, job.ranks, job.nodes, job.threads, job.minutes, job.memory_gb, job.gpus)
+    kept = (job.function, job.ranks, job.nodes, job.threads, job.minutes, job.memory_gb, job.gpus, job.setup, job.soft)
     return (*kept, *sorted(job.slurm.items()))
 
 
-def parameters(job: Job, after: Sequence[str] = ()) -> dict[str, Any]:
-    """Return submitit's parameters of a job."""
-    if job.ranks % job.nodes:
-        raise InputError(f"resources: {job.ranks} ranks do not divide by {job.nodes} nodes")
-    found: dict[str, Any] = {
-        "job_name": job.name,
-        "time": job.minutes,
-        "nodes": job.nodes,
-        "ntasks_per_node": job.ranks // job.nodes,
-        "cpus_per_task": job.threads,
-        "array_parallelism": WIDTH,
-        "signal_delay_s": job.lead_s,
-        # What a step inherits of these differs from one version of SLURM to the next.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={job.threads}"],
-        "teardown": teardown(job),
-        "setup": list(job.setup),
-    }
-    extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", **job.slurm}
-    if after:
-        extra["dependency"] = "afterok:" + ":".join(after)
-    if job.memory_gb is not None:
-        found["mem"] = f"{job.memory_gb}GB"
-    if job.gpus:
-        found["gpus_per_node"] = job.gpus
-    return {**found, "additional_parameters": extra}
-
-
-def teardown(job: Job) -> list[str]:
-    """Return the last lines of a job's script: what failed is tried again, `job.restarts` times, where that may help.
-
-    Being stopped does not count, nor does it when the script's own node dies: SLURM requeues that job.
-    """
-    failures = f'{shlex.quote(str(job.failures))}/"$job"'
-    return [
-        "code=$?",
-        # A bare id of an array's task may stand for the whole array.
-        'job="$SLURM_JOB_ID"',
-        '[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
-        f'if [ "$code" -ne 0 ] && [ "$code" -ne {WOULD_FAIL_AGAIN} ] && [ "$code" -ne {STOPPED} ]; then',
-        f"  mkdir -p {shlex.quote(str(job.failures))}",
-        f'  echo "$code $SLURM_JOB_NODELIST" >> {failures}',
-        f'  [ "$(wc -l < {failures})" -gt {job.restarts} ] || code={STOPPED}',
-        "fi",
-        # Not what was cancelled meanwhile, nor what SLURM requeues itself.
-        'case "$(squeue --noheader --jobs="$job" --format=%T)" in COMPLETING|CANCELLED|PREEMPTED) exit "$code";; esac',
-        f'if [ "$code" -eq {STOPPED} ]; then',
-        "  for try in 1 2 3 4 5 6; do",
-        '    scontrol requeue "$job" && sleep 120 && break',
-        "    sleep 10",
-        "  done",
-        "fi",
-        'exit "$code"',
-    ]
-
-
-def cancel(ids: Iterable[str]) -> None:
+def cancel(jobs: Iterable[Taken]) -> None:
     """Cancel jobs; those that have ended are passed over."""
-    if given := list(ids):
+    # Successors first, or one would start when its job is gone.
+    if given := [id for job in jobs for id in reversed(job.ids)]:
         subprocess.run(["scancel", "--quiet", *given], capture_output=True, check=False)
 
 

@@ -196,7 +196,7 @@ class Engine:
         )
         self._attention = attention(config.kernels, config.precision)
         model: Any = build_model(source.config, ds_config, self.mesh, self._attention)
-        self._take_back_kernels = use_kernels(model, config.kernels)
+        self._take_back_kernels = use_kernels(model, "torch" if config.compile else config.kernels)
         give_losses(model, source.config)
         if config.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

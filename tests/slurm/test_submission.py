@@ -1,13 +1,16 @@
 """Graphs of jobs: what is submitted together, and what a job's script says."""
 
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 from submitit.slurm.slurm import _make_sbatch_string
 
 from parallel.errors import InputError
 from slurm.executor import Job
-from slurm.graph import Planned, groups, parameters
+from slurm.graph import Planned, groups, scripts
+from slurm.script import parameters
 
 HOW = {"function": print, "arguments": (), "ranks": 4, "threads": 2, "minutes": 30}
 
@@ -40,7 +43,12 @@ def test_a_script_has_what_the_file_asks_for(tmp_path):
         setup=("module load cuda",),
         failures=tmp_path / "failed tries",
     ).job
-    script = _make_sbatch_string(command="python -m work", folder=tmp_path, **parameters(job, ["12", "13_4"]))
+    script = _make_sbatch_string(
+        command="python -m work",
+        folder=tmp_path,
+    needed = {"afterok": ["12", "13_4"], "afterany": ["9"]}
+    script = _make_sbatch_string(command="python -m work", folder=tmp_path, **parameters(job, tmp_path, needed))
+    )
     lines = script.splitlines()
     for option in (
         "job-name=toy/seed",
@@ -54,13 +62,56 @@ def test_a_script_has_what_the_file_asks_for(tmp_path):
         "account=p123",
         "requeue",
         "kill-on-invalid-dep=yes",
-        "dependency=afterok:12:13_4",
+        "dependency=afterok:12:13_4,afterany:9",
     ):
         assert f"#SBATCH --{option}" in lines, option
     assert any(line.startswith("#SBATCH --signal=USR2@300") for line in lines)
     assert lines.index("module load cuda") < next(at for at, line in enumerate(lines) if line.startswith("srun "))
     assert "--kill-on-bad-exit=1" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run what is around a job's command, with commands of SLURM that only note what they are asked."""
+    logs, bin_ = tmp_path / "logs of jobs", tmp_path / "bin"
+    logs.mkdir()
+    bin_.mkdir()
+    commands = {
+        "scontrol": 'echo "$@" >> "$0.asked"',
+        "squeue": "echo $STATE",
+        "sinfo": "printf 'n1\\nn2\\nn3\\n'",
+        "sleep": "exit 0",
+    }
+    for name, line in commands.items():
+        (bin_ / name).write_text(f"#!/bin/sh\n{line}\n")
+        (bin_ / name).chmod(0o755)
+
+    def run(code, job="7", state="RUNNING", nodes="n[1-2]", said="", **changes):
+        (bin_ / "scontrol.asked").unlink(missing_ok=True)
+        what = parameters(planned(failures=tmp_path / "failed tries", **changes).job, logs)
+        lines = [*what["setup"], f'printf %s "{said}" >> "$log"', f"(exit {code})", *what["teardown"]]
+        count = "2" if "[" in nodes else "1"
+        environment = {
+            "PATH": f"{bin_}:/usr/bin:/bin",
+            "STATE": state,
+            "SLURM_JOB_ID": "7" if "_" in job else job,
+            "SLURM_JOB_NODELIST": nodes,
+            "SLURM_JOB_NUM_NODES": count,
+            "SLURM_JOB_PARTITION": "main",
+        }
+        if "_" in job:
+            environment |= dict(zip(("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"), job.split("_"), strict=True))
+        with (logs / f"{job}_0_log.err").open("a"):
+            pass
+        ended = subprocess.run(
+            ["bash", "-c", "\n".join(lines)], env=environment, text=True, capture_output=True, check=False
+        )
+        assert ended.stderr == ""
+        asked = bin_ / "scontrol.asked"
+        return ended.returncode, asked.read_text().splitlines() if asked.is_file() else []
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -76,27 +127,56 @@ def test_a_script_has_what_the_file_asks_for(tmp_path):
     ],
 )
 @pytest.mark.parametrize("job", ["7", "5_2"])
-def test_what_failed_is_tried_again_where_that_may_help(tmp_path, code, tries, state, requeued, job):
-    """The end of a script, run by bash after that many tries, with commands that only note what they are asked."""
-    commands = {"scontrol": 'echo "$@" >> "$0.asked"', "squeue": f"echo {state}", "sleep": "exit 0"}
-    for name, line in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    script = f"(exit {code})\n" + "\n".join(parameters(planned(failures=tmp_path / "failed tries").job)["teardown"])
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
-    if "_" in job:
-        environment |= dict(zip(("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"), job.split("_"), strict=True))
+def test_what_failed_is_tried_again_where_that_may_help(script, tmp_path, code, tries, state, requeued, job):
     for _ in range(tries):
-        (tmp_path / "scontrol.asked").unlink(missing_ok=True)
-        ended = subprocess.run(["bash", "-c", script], env=environment, check=False)
-    assert ended.returncode == (75 if requeued else code)
-    assert (tmp_path / "scontrol.asked").exists() == requeued
-    if requeued:
-        assert (tmp_path / "scontrol.asked").read_text() == f"requeue {job}\n"
+        ended, asked = script(code, job, state)
+    assert ended == (75 if requeued or code == 75 else code)
+    assert asked == ([f"requeue {job}"] if requeued else [])
     if code in (1, 137):
         assert (tmp_path / "failed tries" / job).read_text() == f"{code} n[1-2]\n" * tries
 
 
+def test_a_node_that_jobs_fail_on_is_left_out(script):
+    said = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Terminated\n"
+    assert script(137, "7", said=said) == (75, ["requeue 7"])
+    # What stood in the log before does not count; of a job of one node that node does.
+    assert script(1, "7", said="Traceback\n") == (75, ["requeue 7"])
+    assert script(1, "8", nodes="n2") == (75, ["requeue 8", "update JobId=8 ExcNodeList=n2"])
+    # While enough others are up.
+    script(1, "8", nodes="n3")
+    assert script(1, "8", nodes="n3") == (75, ["requeue 8", "update JobId=8 ExcNodeList=n2,n3"])
+    script(1, "9", nodes="n1")
+    assert script(1, "10", nodes="n1") == (75, ["requeue 10"])
+
+
+def test_where_jobs_may_not_be_requeued_successors_go_on_unless_that_cannot_help(script, tmp_path):
+    how = {"requeue": False, "successors": 2, "name": "toy/seed", "restarts": 1}
+    assert script(75, "7", **how) == (75, [])
+    assert script(1, "8", **how) == (75, [])
+    assert script(1, "9", **how) == (1, [])  # once too often
+    assert script(0, "10", **how) == (3, [])  # nor does another begin
+    assert (tmp_path / "failed tries" / "toy_seed").read_text() == "1 n[1-2]\n" * 2
+
+
+def test_successors_wait_for_a_failure_and_what_needs_them_for_any_end(tmp_path):
+    graph = {
+        "seed": planned(requeue=False, successors=2),
+        "swe": planned("seed", requeue=False, successors=2),
+        "merge": planned("seed", "swe"),
+        "report": planned("merge"),
+    }
+    found = dict(scripts(graph, tmp_path))
+    waits = {names[0]: re.findall("#SBATCH --dependency=(.*)", script) for names, script in found.items()}
+    chain = "@seed:@seed+1:@seed+2"
+    assert waits == {
+        "seed": [],
+        "swe": [f"afterany:{chain}"],
+        "merge": [f"afterany:{chain}:@swe:@swe+1:@swe+2"],
+        "report": ["afterok:@merge"],
+    }
+    assert "#SBATCH --no-requeue" in found["seed",]
+
+
 def test_ranks_that_nodes_cannot_share_are_one_line():
     with pytest.raises(InputError, match=r"^resources: 4 ranks do not divide by 3 nodes$"):
-        parameters(planned(nodes=3).job)
+        parameters(planned(nodes=3).job, Path())
