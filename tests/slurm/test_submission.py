@@ -43,12 +43,8 @@ def test_a_script_has_what_the_file_asks_for(tmp_path):
         setup=("module load cuda",),
         failures=tmp_path / "failed tries",
     ).job
-    script = _make_sbatch_string(
-        command="python -m work",
-        folder=tmp_path,
     needed = {"afterok": ["12", "13_4"], "afterany": ["9"]}
     script = _make_sbatch_string(command="python -m work", folder=tmp_path, **parameters(job, tmp_path, needed))
-    )
     lines = script.splitlines()
     for option in (
         "job-name=toy/seed",
