@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from growmerge.graph import Node
+from growmerge.hub import place
 from growmerge.schema import Pipeline, TrainStage
 from growmerge.tasks import Task
 from parallel.errors import InputError
@@ -46,7 +47,7 @@ class Context:
 
     def model(self, name: str) -> Path:
         """Return the Hugging Face folder that a stage's name, or a path in the pipeline file, stands for."""
-        return self.tasks[name].folder / "model" if name in self.nodes else self.base / name
+        return self.tasks[name].folder / "model" if name in self.nodes else place(self.base, name)
 
     def train_stage(self, name: str) -> TrainStage:
         stage = self.nodes[name].stage

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from growmerge.config import VARIABLE, Marks, merged_training, problem_in
 from growmerge.grids import Draft, Verb, fill, grid
+from growmerge.hub import place
 from growmerge.schema import Check, GrowStage, MergeStage, Pipeline, Study, TrainStage
 from parallel.errors import InputError, one_of
 
@@ -68,8 +69,9 @@ def expand(pipeline: Pipeline, marks: Marks, path: Path) -> dict[str, Node]:
             _check_grow(draft, draft.stage.grow, drafts, folder)
     _check_text(pipeline, marks, folder)
     tokenizer = pipeline.tokenizer.path
-    if tokenizer is not None and not _is_folder(folder / tokenizer):
-        raise marks.error("tokenizer.path", f"no tokenizer folder {tokenizer!r} in {folder}")
+    with marks.within("tokenizer.path"):
+        if tokenizer is not None and not _is_folder(place(folder, tokenizer)):
+            raise InputError(f"no tokenizer folder {tokenizer!r} in {folder}")
     nodes = {}
     for name in _order(drafts, inputs):
         draft = drafts[name]
@@ -144,7 +146,9 @@ def _inputs(draft: Draft, drafts: Mapping[str, Draft], pipeline: Pipeline, folde
         if value in drafts:
             found[value] = None
         elif "/" in value or value.startswith("."):
-            if not _is_folder(folder / value):
+            with draft.marks.within(key):
+                found_there = _is_folder(place(folder, value))
+            if not found_there:
                 raise draft.marks.error(key, f"no checkpoint folder {value!r} in {folder}")
         elif value == "scratch" and draft.verb == "train":
             if pipeline.model is None:
@@ -194,7 +198,7 @@ def _check_grow(draft: Draft, stage: GrowStage, drafts: Mapping[str, Draft], fol
         found = isinstance(parent, TrainStage) or (isinstance(parent, GrowStage) and parent.optimizer != "reset")
     else:
         # DeepSpeed's formats, by the names of their files: to open them takes torch.
-        path = folder / stage.from_
+        path = place(folder, stage.from_)
         found = (path / "zero").is_dir() or any(path.glob("*optim_states.pt"))
     if not found:
         raise draft.marks.error(

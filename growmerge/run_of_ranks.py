@@ -17,6 +17,7 @@ from checkpoint.source import Source
 from checkpoint.writer import write_checkpoint
 from eval.evaluate import evaluate_model
 from growmerge import __version__
+from growmerge.hub import place
 from growmerge.mixtures import prepared_sizes, training_order
 from growmerge.samples import bytes_seen, languages_of, open_corpora, samples, sequences_of
 from growmerge.schema_train import TrainConfig
@@ -107,7 +108,7 @@ def starting_model(config: TrainConfig, base: Path, tokenizer: TextTokenizer) ->
         source: Source = ScratchSource(config=scratch_config(asdict(config.shape), tokenizer), seed=config.seed)
     else:
         assert config.model is not None, "neither shape nor model"
-        source = open_checkpoint(base / config.model)
+        source = open_checkpoint(place(base, config.model))
     if config.grow is None:
         return source
     given = asdict(config.grow)
@@ -126,10 +127,10 @@ def _branch(config: TrainConfig, base: Path) -> Path | None:
 
 def _tokenizer_folder(config: TrainConfig, base: Path, branch: Path | None) -> Path:
     if config.tokenizer is not None:
-        return base / config.tokenizer
+        return place(base, config.tokenizer)
     if config.model is None:
         raise InputError("`tokenizer` is missing: with shape or branch the folder of one has to be given")
-    return base / config.model
+    return place(base, config.model)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from growmerge.config import merged_training
 from growmerge.graph import Node
+from growmerge.hub import place
 from growmerge.schema import GrowStage, ModelConfig, Pipeline, TrainStage
 from parallel.errors import InputError
 from parallel.families import family_of
@@ -54,7 +55,7 @@ def model_configs(pipeline: Pipeline, nodes: Mapping[str, Node], *, base: Path) 
 
 def _config(pipeline: Pipeline, node: Node, configs: Mapping[str, Config], base: Path, entries: int) -> Config:
     def of(name: str) -> Config:
-        return configs[name] if name in configs else read_config(base / name)
+        return configs[name] if name in configs else read_config(place(base, name))
 
     stage = node.stage
     if isinstance(stage, TrainStage):
@@ -105,7 +106,7 @@ def vocabulary(pipeline: Pipeline, base: Path) -> int:
     """
     if pipeline.tokenizer.path is None:
         return pipeline.tokenizer.vocab_size
-    path = base / pipeline.tokenizer.path / "tokenizer.json"
+    path = place(base, pipeline.tokenizer.path) / "tokenizer.json"
     data = _read_json(path)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None

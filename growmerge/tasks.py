@@ -14,6 +14,7 @@ from typing import Any
 from checkpoint import manifest
 from growmerge.config import merged_training
 from growmerge.graph import Node
+from growmerge.hub import place
 from growmerge.resolved import corpora_of, resolved
 from growmerge.schema import Corpus, Pipeline, TrainStage
 from parallel.errors import InputError
@@ -187,7 +188,7 @@ def _path_stamp(path: str | None, base: Path) -> Any:
     """What a folder outside the pipeline is known by: its manifest, or its files' sizes and times."""
     if path is None:
         return None
-    folder = base / path
+    folder = place(base, path)
     if manifest.is_complete(folder):
         return manifest.digest(manifest.read_manifest(folder))
     return [[name.name, name.stat().st_size, name.stat().st_mtime_ns] for name in sorted(folder.glob("*"))]

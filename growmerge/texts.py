@@ -8,6 +8,7 @@ from typing import Any
 from checkpoint.files import read_json, write_bytes, write_json
 from eval.pairs import Pair, make_pairs
 from growmerge.context import Context
+from growmerge.hub import place
 from growmerge.tasks import LABELS, Task
 from parallel.errors import InputError
 from train.data.corpus import build_corpora, read_corpus, write_corpora
@@ -47,7 +48,7 @@ def do_tokens(context: Context, task: Task) -> None:
 
     def make_tokenizer() -> None:
         if pipeline.tokenizer.path is not None:
-            copy_tokenizer(context.base / pipeline.tokenizer.path, target)
+            copy_tokenizer(place(context.base, pipeline.tokenizer.path), target)
             return
         languages = pipeline.tokenizer.train_on or tuple(corpora)
         texts = [document.text for language in languages for document in corpora[language].training]

@@ -94,6 +94,7 @@ def train_file(
     ranks = _launched()
     with marks.within("training"):
         plan_of(config).mesh(ranks[1] if ranks else config.resources.ranks)
+    check_places(config, base, marks)
     if ranks:
         return _as_rank(config, base, folder, key, *ranks)
     from slurm.executor import choose
@@ -101,6 +102,27 @@ def train_file(
     if choose(executor) == "slurm":
         return _submit(config, base, folder, key, path, detach=detach)
     return _launch(config, base, folder, key, path)
+
+
+def check_places(config: TrainConfig, base: Path, marks: Marks) -> None:
+    """Check that what the run reads is there, before any rank waits for it.
+
+    Raises:
+        InputError: something is not, with its line.
+    """
+    from growmerge.hub import place
+
+    named = {
+        "model": config.model,
+        "tokenizer": config.tokenizer,
+        "data.folder": config.data.folder,
+        "branch.run": config.branch.run if config.branch else None,
+    }
+    for key, name in named.items():
+        with marks.within(key):
+            if name is not None and not place(base, name).is_dir():
+                advice = "; make it by `growmerge data prepare`" if key == "data.folder" else ""
+                raise InputError(f"{place(base, name)}: no such folder{advice}")
 
 
 def plan_of(config: TrainConfig) -> Any:

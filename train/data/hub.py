@@ -81,8 +81,22 @@ def _folder(source: HubOptions, base: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def _fetched(source: HubOptions) -> Path | None:
+    """Return where `growmerge fetch` has put a data set, if there is no network."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        name, revision = str(source.hub), source.revision
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+
+
 def _spec(source: HubOptions, base: Path) -> tuple[Any, ...]:
-    place = str(_folder(source, base) or source.hub)
+    place = str(_folder(source, base) or _fetched(source) or source.hub)
     return place, source.config, source.split, source.revision, tuple(source.data_files)
 
 

@@ -1,0 +1,78 @@
+"""Models and tokenizers of the Hugging Face Hub: `hub:org/name` or `hub:org/name@revision` where a path could be.
+
+What runs reads them from the local cache alone (HF_HOME): compute nodes have no network. `growmerge fetch` fills it.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import InputError
+
+PREFIX = "hub:"
+NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+WANTED = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+)
+"""Files of a repository that are fetched: no code, no pickles."""
+
+
+def place(base: Path, name: str) -> Path:
+    """Return the folder that a name in a file stands for: one of the Hub's in the cache, or a path from `base`.
+
+    Raises:
+        InputError: the Hub's is not in the cache.
+    """
+    if not name.startswith(PREFIX):
+        return base / name
+    repository, revision = _parts(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[*WANTED]))
+    except (LocalEntryNotFoundError, ValueError) as error:
+        raise InputError(
+            f"{name}: not in the cache of this machine: `growmerge fetch FILE` where there is a network"
+        ) from error
+
+
+def fetch(name: str) -> Path:
+    """Download what is missing of a model or tokenizer, and return its folder.
+
+    Raises:
+        InputError: the Hub's own words.
+    """
+    repository, revision = _parts(name)
+    return _download(name, repo_id=repository, revision=revision, allow_patterns=[*WANTED])
+
+
+def fetch_data(name: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Download what is missing of a data set, or of its files that match, and return its folder.
+
+    Raises:
+        InputError: the Hub's own words.
+    """
+    patterns = [*files, "README.md"] if files else None
+    code = ["*.py", "*.pkl", "*.pt", "*.bin"]
+    about = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns, "ignore_patterns": code}
+    return _download(name, repo_id=name, **about)
+
+
+def _download(name: str, **about: Any) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(**about))
+    except (HfHubHTTPError, OSError, ValueError) as error:  # the cache, a proxy, no network
+        raise InputError(f"{name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    found = NAME.fullmatch(name)
+    if found is None:
+        raise InputError(f"{name}: a name of the Hub is hub:ORGANISATION/NAME, or hub:ORGANISATION/NAME@REVISION")
+    return found[1], found[2]
