@@ -267,8 +267,12 @@ def print_scripts(submission: Submission, todo: Sequence[str]) -> None:
     """Print what would be submitted; where the scheduler would give a job's id, `@stage` stands for it."""
     place = submission.workdir / "jobs" / "submission"
     folders = {names: place / f"{number:04d}" for number, names in enumerate(packs(submission, todo))}
-    for names, script in scripts(planned_jobs(submission, folders, place), place / "logs"):
-        print(f"# --- {', '.join(names)}\n{script}\n")
+    jobs = planned_jobs(submission, folders, place)
+    stages = {names[0]: " + ".join(names) for names in folders}
+    for names, script in scripts(jobs, place / "logs"):
+        number = jobs[names[0]].job.successors
+        then = f"; then {number} successors, each afternotok of the one before it" if number else ""
+        print(f"# --- {', '.join(stages[name] for name in names)}{then}\n{script}\n")
 
 
 def watch(submission: Submission, names: Sequence[str], show: Any, done: Callable[[str], bool]) -> str | None:

@@ -65,7 +65,7 @@ class Job:
     successors: int = 0
     """Jobs that are queued behind this one where it may not be requeued."""
     soft: bool = False
-    """Whether what needs this job starts however it ended: a part of its work may have been done well."""
+    """Whether it does several things: it starts however what it needs has ended, and so does what needs it."""
 
 
 def choose(wanted: str) -> Kind:

@@ -102,7 +102,7 @@ def needs(planned: Planned, known: Mapping[str, Taken]) -> dict[str, list[str]]:
     """Return the ids of the jobs that a job waits for, by kind of dependency."""
     found: dict[str, list[str]] = {"afterok": [], "afterany": []}
     for name in planned.after:
-        found["afterany" if known[name].soft else "afterok"] += known[name].ids
+        found["afterany" if known[name].soft or planned.job.soft else "afterok"] += known[name].ids
     return {kind: list(dict.fromkeys(ids)) for kind, ids in found.items()}
 
 
