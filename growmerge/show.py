@@ -19,7 +19,7 @@ SMALL = 2.0
 
 
 class Show:
-    """Shows events; `error` holds the line of the first bad input, `stage` the stage at work."""
+    """Shows events; `error` holds the line of the first bad input, `stage` the stage that was last heard of."""
 
     def __init__(self, seconds: Mapping[str, float], log: EventLog, *, requeues: bool = False) -> None:
         """Begin to show what is to be done: estimated seconds of each stage.
@@ -32,7 +32,10 @@ class Show:
         self._log = log
         self._done = 0.0
         self.stage = ""
-        self._last_line = 0.0
+        self._shares: dict[str, float] = {}
+        """How much of each stage at work is done, 0 to 1."""
+        self._last_lines: dict[str, float] = {}
+        """When something was last printed of each."""
         self.error: str | None = None
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -73,32 +76,39 @@ class Show:
     def event(self, event: Mapping[str, Any]) -> None:
         """Take an event in: log it, show it."""
         self._log.write(event)
-        kind = event["event"]
+        kind, stage = event["event"], event.get("stage", self.stage)
         if kind == "start":
-            self.stage = event["stage"]
-            self._last_line = time.monotonic()
-            self._update(0.0, "")
+            self._last_lines[stage] = time.monotonic()
+            self._update(stage, 0.0)
         elif kind == "step":
             share = event["step"] / event["steps"]
             facts = f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
-            self._update(share, facts)
-            if self._bar is None and time.monotonic() - self._last_line > EVERY:
-                self._last_line = time.monotonic()
-                self.say(f"{event.get('stage', self.stage)}: step {event['step']}/{event['steps']}  {facts}")
+            self._update(stage, share, facts)
+            if self._bar is None and time.monotonic() - self._last_lines.get(stage, 0.0) > EVERY:
+                self._last_lines[stage] = time.monotonic()
+                self.say(f"{stage}: step {event['step']}/{event['steps']}  {facts}")
         elif kind == "done":
-            self._done += self._weights.get(event["stage"], 0.0)
-            self._update(0.0, "")
+            self._done += self._weights.get(stage, 0.0)
+            self._update(stage, None)
             if self._bar is None or event["seconds"] >= 1:
-                self.say(f"{event['stage']}: done in {event['seconds']:.1f} s")
+                self.say(f"{stage}: done in {event['seconds']:.1f} s")
         elif kind == "error" or (kind == "stopped" and not self._requeues):
-            self.error = self.error or f"{event['stage']}: {event['text']}"
+            self._update(stage, None)
+            self.error = self.error or f"{stage}: {event['text']}"
         elif kind in ("warning", "note", "stopped"):
-            self.say(f"{event.get('stage', self.stage)}: {event['text']}")
+            self.say(f"{stage}: {event['text']}")
 
-    def _update(self, share: float, facts: str) -> None:
+    def _update(self, stage: str, share: float | None, facts: str = "") -> None:
+        """Note how much of a stage is done, None once it is no longer at work."""
+        self._shares.pop(stage, None)
+        if share is not None:
+            self._shares[stage] = share
+        self.stage = stage if share is not None else next(reversed(self._shares), stage)
         if self._bar:
-            at = self._done + share * self._weights.get(self.stage, 0.0)
-            self._bar.update(self._all, completed=at, description=self.stage, facts=facts)
+            at = self._done + sum(part * self._weights.get(name, 0.0) for name, part in self._shares.items())
+            others = len({*self._shares} - {self.stage})
+            shown = f"{self.stage} and {others} more" if others else self.stage
+            self._bar.update(self._all, completed=at, description=shown, facts=facts)
 
     def tick(self) -> None:
         """Keep the clock running between events."""

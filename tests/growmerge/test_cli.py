@@ -129,9 +129,11 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(tmp_path, terminal):
         "module.EVERY = -1\n"
         "with Show(dict.fromkeys(plan.tasks, 1.0), EventLog(pathlib.Path(sys.argv[2]) / 'log.jsonl')) as show:\n"
         "    show.event({'event': 'start', 'stage': 'seed'})\n"
+        "    show.event({'event': 'start', 'stage': 'pairs'})\n"
         "    step = {'step': 20, 'steps': 40, 'loss': 3.25, 'tokens_per_second': 1234.0}\n"
         "    show.event({'event': 'step', 'stage': 'seed', **step})\n"
         "    show.tick()\n"
+        "    show.event({'event': 'done', 'stage': 'pairs', 'seconds': 0.5})\n"
         "    show.event({'event': 'done', 'stage': 'seed', 'seconds': 2.5})\n"
     )
     arguments = [sys.executable, "-c", code, str(write_toy(tmp_path)), str(tmp_path / "run")]
@@ -151,6 +153,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(tmp_path, terminal):
         text = shown.decode()
         assert "ETA" in text
         assert "━" in text
+        assert "seed and 1 more" in text
     else:
         text = subprocess.run(arguments, capture_output=True, text=True, check=True).stderr
         assert "seed: step 20/40" in text
@@ -158,4 +161,4 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(tmp_path, terminal):
         assert "seed: done in 2.5 s" in text
     assert "loss 3.250  1,234 tokens/s" in text
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert events == ["run", "start", "step", "done", "end"]
+    assert events == ["run", "start", "start", "step", "done", "done", "end"]
