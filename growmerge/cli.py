@@ -103,6 +103,15 @@ _WORKDIR = click.argument("workdir", type=click.Path(path_type=Path, exists=True
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+def fetch(config: Path) -> None:
+    """Bring here what CONFIG names of the Hub and the package index: its jobs need no network then."""
+    from growmerge.fetch import fetch_all
+
+    click.echo(f"{fetch_all(config)} things are here")
+
+
+@main.command()
 @_WORKDIR
 @click.option("--json", "as_json", is_flag=True, help="As JSON, for programs.")
 @click.option("--watch", is_flag=True, help="Keep showing it until all have ended.")
@@ -149,6 +158,19 @@ def resubmit(workdir: Path, stages: tuple[str, ...]) -> None:
         click.echo(cancel_jobs(workdir.absolute(), stages))
     submit = train_file if command["verb"] == "train" else run_pipeline
     sys.exit(submit(Path(str(command["file"])), workdir, "slurm", command["profile"], detach=True))
+
+
+@main.command()
+@click.option("--profile", help="The cluster's profile, by name or path.")
+@click.option("--workdir", type=click.Path(path_type=Path), help="Where runs will be; as the profile says by default.")
+@click.option("--nodes", type=click.IntRange(min=1), default=2, show_default=True, help="Compute nodes to look at.")
+@click.option("--wait", type=float, default=600.0, show_default=True, help="Seconds that their job may take.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(profile: str | None, workdir: Path | None, nodes: int, wait: float, as_json: bool) -> None:
+    """Say whether a cluster, or this machine, is fit: scheduler, folders, nodes, network. Exit 1 if it is not."""
+    from growmerge.doctor import examine
+
+    sys.exit(examine(profile, workdir, nodes=nodes, wait=wait, as_json=as_json))
 
 
 @main.command()

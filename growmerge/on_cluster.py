@@ -32,8 +32,7 @@ PACKED = ("merge", "evaluate")
 """Verbs of which several may share a job, where the file says so."""
 ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt|Exit)\b")
 """How the last line of a traceback begins."""
-LINES = 3
-"""Last lines of a failed job's log that are shown."""
+SCHEDULER = re.compile(r"(srun|slurmstepd): error: ")
 CODE = "code"
 """Folder of a submission that holds the packages as they were."""
 
@@ -190,7 +189,11 @@ def copy_code(folder: Path) -> None:
     from growmerge.cli import ROOMS
 
     for room in (*ROOMS, "growmerge"):
-        shutil.copytree(HOME / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in (HOME / room).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                copied = folder / path.relative_to(HOME)
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copied)  # without its mode: a profile may want another
 
 
 def packs(submission: Submission, new: Sequence[str]) -> list[tuple[str, ...]]:
@@ -347,8 +350,6 @@ def why(entry: Entry) -> str:
         return found[-1]
     log = entry.log_of(0)
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: ")) and line.strip(" ~^|-")]
-    errors = [line for line in own if ERROR.match(line)]
-    # An exception's own line, or what was said last; srun only says that somebody failed.
-    last = errors[-1].strip() if errors else " | ".join(line.strip() for line in (own or lines)[-LINES:])
-    return f"its job {entry.ids[0]} failed: {last[-500:] or 'it left no word'}; log: {log}"
+    # An exception's own line; else how SLURM says that it ended (killed, out of memory); else what was said last.
+    found = [line for line in lines if ERROR.match(line)] or [line for line in lines if SCHEDULER.match(line)] or lines
+    return f"its job {entry.ids[0]} failed: {found[-1].strip()[-500:] if found else 'it left no word'}; log: {log}"

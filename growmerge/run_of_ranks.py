@@ -1,6 +1,7 @@
 """What the ranks of `growmerge train` do together: open model and data, train, leave a plain Hugging Face folder."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,8 @@ def run(config: TrainConfig, base: Path, folder: Path, ranks: Ranks, report: Rep
     Raises:
         InputError: data, tokenizer or model do not fit each other; what `train.loop.train` raises.
     """
+    began = time.time()
+    report({"event": "start"})
     plan = plan_of(config)
     branch = _branch(config, base)
     tokenizer = load_tokenizer(_tokenizer_folder(config, base, branch))
@@ -99,6 +102,7 @@ def run(config: TrainConfig, base: Path, folder: Path, ranks: Ranks, report: Rep
     if ranks.first:
         export(config, plan, result.checkpoint, folder, tokenizer_files(_tokenizer_folder(config, base, branch)))
     ranks.barrier()
+    report({"event": "done", "seconds": round(time.time() - began, 2)})
     return 0
 
 

@@ -122,7 +122,8 @@ def check_places(config: TrainConfig, base: Path, marks: Marks) -> None:
         with marks.within(key):
             if name is not None and not place(base, name).is_dir():
                 advice = "; make it by `growmerge data prepare`" if key == "data.folder" else ""
-                raise InputError(f"{place(base, name)}: no such folder{advice}")
+                problem = "holds no tokenizer.json" if key == "tokenizer" else f"no such folder{advice}"
+                raise InputError(f"{place(base, name)}: {problem}")
 
 
 def plan_of(config: TrainConfig) -> Any:
@@ -197,7 +198,7 @@ def _as_rank(config: TrainConfig, base: Path, folder: Path, key: str, rank: int,
         return run(config, base, folder, ranks, lambda event: None)
     with Show({config.name: 0.0}, EventLog(folder / "log.jsonl")) as show:
         show.stage = config.name
-        return run(config, base, folder, ranks, show.event)
+        return run(config, base, folder, ranks, lambda event: show.event({**event, "stage": config.name}))
 
 
 def _begin(folder: Path, key: str) -> None:
@@ -340,7 +341,6 @@ def work(order: Order) -> str | None:
         ranks = connect(rank, world, rendezvous=order.rendezvous)
         try:
             with disk_errors(order.folder):
-                report({"event": "start"})
                 code = run(order.config, order.base, order.folder, ranks, report)
                 if code == STOPPED:
                     raise Stopped("asked to stop; saved")

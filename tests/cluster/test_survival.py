@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "growmerge"))
@@ -47,6 +48,17 @@ def is_the_same(run, whole):
     assert weights(run.folder) == weights(whole)
 
 
+def ranks_of(job):
+    """Return the processes of a job's ranks."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if "submitit.core._submit" in (process.info["cmdline"] or []):
+            values = process.environ()
+            if values.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in values:
+                found.append(process)
+    return found
+
+
 def preempt(cluster):
     options = ["--output=/dev/null", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap", "true"]
     return cluster.run(["sbatch", "--parsable", *options]).stdout.strip()
@@ -65,6 +77,20 @@ def test_preempted_it_saves_and_goes_on(home, whole, cluster, tidy, partition):
     assert run.steps() == [*range(1, STEPS + 1)]  # none was done twice
     assert cluster.wait(urgent, "COMPLETED")
     assert cluster.wait(job, "COMPLETED").restarts == 1
+    is_the_same(run, whole)
+
+
+@pytest.mark.parametrize("blow", ["requeued", "killed"])
+def test_without_a_word_beforehand_it_goes_on_from_the_last_checkpoint(home, whole, cluster, tidy, blow):
+    run = Run(write(home, blow), cluster.environment)
+    run.until_step(EVERY + 3)
+    if blow == "requeued":
+        cluster.run(["scontrol", "requeue", run.job])
+    else:
+        ranks_of(run.job)[0].kill()
+    run.end()
+    assert cluster.wait(run.job, "COMPLETED").restarts == 1
+    assert run.steps()[-1] == STEPS and len(run.steps()) <= STEPS + EVERY
     is_the_same(run, whole)
 
 
@@ -100,10 +126,11 @@ def test_a_controller_that_starts_again_costs_nothing(home, whole, cluster, tidy
 
 
 def test_a_node_on_which_ranks_die_is_left_out(home, whole, cluster, tidy):
-    # On n1 each try is killed in mid-training.
-    broken = 'if [ "$SLURMD_NODENAME" = n1 ]; then (sleep 15; pkill -9 -s 0 -f submitit.core._submit) & fi'
-    profile = PROFILE + "setup:\n  - |\n    " + broken + "\n"
-    run = Run(write(home, "bad-node", profile=profile), cluster.environment)
+    # On n1 no Python starts.
+    python = home / "python"
+    python.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" != n1 ] || exit 1\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    run = Run(write(home, "bad-node", profile=f"{PROFILE}python: {python}\n"), cluster.environment)
     run.end()
     done = cluster.wait(run.job, "COMPLETED")
     assert done.restarts >= 2 and "n1" not in done.nodes
