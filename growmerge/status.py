@@ -62,6 +62,8 @@ def rows(workdir: Path) -> list[Row]:
     """
     entries = submitted(workdir)
     here = _here(workdir)
+    if not entries and not here and (owner := _owner(workdir)) is not None:
+        return [Row(stage=workdir.name, state="running", job="", note=f"by {owner}")]  # it has just begun
     if not entries and not here:
         raise InputError(f"{workdir}: nothing was run or submitted from here")
     found = under_way(entries)
