@@ -1,7 +1,7 @@
 """`growmerge train` against the Trainer of transformers with the same DeepSpeed config, each as its users start it.
 
 python benchmarks/trainer.py [--precision float32] [--rounds 5] [--auto] [--folder DIR]   # 2 gloo ranks, a thread each
-python benchmarks/trainer.py --gpu                                                        # all GPUs, NCCL, bfloat16
+python benchmarks/trainer.py --gpu [--case 0]                                             # all GPUs, NCCL, bfloat16
 
 Both train the same model from the same weights on the same samples in the same order, in turn. Measured are tokens/s of
 whole steps, with all that a loop does between them; seconds from the command to the end of the first step, imports and
@@ -113,7 +113,7 @@ def prepare(home: Path, case: Case) -> None:
     vocab, steps = case.config["vocab_size"], max(case.steps, SAVES * APART + 1)
     # In the run's own precision, or one of both would start from weights that are not rounded yet.
     layout = SafetensorsLayout(dtype=getattr(torch, case.precision))
-    write_checkpoint(ScratchSource(config=case.config, seed=0), home / "model", layout, workers=2)
+    write_checkpoint(ScratchSource(config=case.config, seed=0), home / "model", layout, workers=os.cpu_count() or 1)
     train_tokenizer([str(__doc__)], vocab_size=300, folder=home / "tokenizer")
     # Some tokens are far more frequent than others: there is something to learn.
     drawn = np.random.default_rng(0).random((steps * case.batch, case.length)) ** 3
@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
     parser.add_argument("--auto", action="store_true", help=f"also a {AUTO}")
     parser.add_argument("--gpu", action="store_true", help="on all GPUs")
+    parser.add_argument("--case", type=int, choices=(0, 1), help="only the smaller model, or the larger; default: both")
     given = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cuda" if given.gpu else "cpu"}
     if not given.gpu:
@@ -318,7 +319,8 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    todo, sides = cases(given), [name for name in SIDES if name != AUTO or given.auto]
+    todo = cases(given) if given.case is None else [cases(given)[given.case]]
+    sides = [name for name in SIDES if name != AUTO or given.auto]
     where = f"{todo[0].ranks} {'GPU(s)' if given.gpu else 'ranks on CPU'}"
     table = Table("", title=f"ZeRO-3 in {todo[0].precision}, {where}: medians of {given.rounds} turns")
     for name in sides:

@@ -104,12 +104,18 @@ class ScratchSource:
                 std = 1.0 / math.sqrt(self.config["hidden_size"])
                 if tensor.split == "row":
                     std /= math.sqrt(2 * self.config["num_hidden_layers"])
-                rows = range(box[0].start, box[0].stop)
-                values = np.stack([self._row(name, row)[box[1]] for row in rows])
-                target.copy_(torch.from_numpy(values * np.float32(std)))
+                values = self._rows(name, range(box[0].start, box[0].stop))
+                values *= np.float32(std)
+                target.copy_(torch.from_numpy(values)[:, box[1]])
 
-    def _row(self, name: str, row: int) -> np.ndarray:
-        """One row of standard normals, a function of (seed, tensor, row) alone."""
+    def _rows(self, name: str, rows: range) -> np.ndarray:
+        """Rows of standard normals, each a function of (seed, tensor, row) alone."""
         key = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=16).digest()
-        stream = np.random.Philox(key=int.from_bytes(key, "little"), counter=[0, 0, 0, row])
-        return np.random.Generator(stream).standard_normal(self.infos[name].shape[1], dtype=np.float32)
+        stream = np.random.Philox(key=int.from_bytes(key, "little"), counter=[0, 0, 0, 0])
+        draw, state = np.random.Generator(stream), stream.state  # as nothing has been drawn
+        values = np.empty((len(rows), self.infos[name].shape[1]), np.float32)
+        for at, row in enumerate(rows):
+            state["state"]["counter"][3] = row
+            stream.state = state  # faster than another stream for each row
+            draw.standard_normal(dtype=np.float32, out=values[at])
+        return values

@@ -1,6 +1,8 @@
 """Tiny real models, and a group of real ranks; what tests of all rooms use."""
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,18 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 
 
 def _rank(
-    rank: int, world: int, rendezvous: str, body: Callable[..., Any], given: tuple[Any, ...], named: dict[str, Any]
+    rank: int,
+    world: int,
+    rendezvous: str,
+    environment: dict[str, str],
+    body: Callable[..., Any],
+    given: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.clear()  # of the moment when the server began
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     ranks = connect(rank, world, rendezvous=Path(rendezvous))
     try:
         value = body(ranks, *given, **named)
@@ -65,8 +75,25 @@ def _rank(
     os._exit(0)
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+PRELOADED = ["deepspeed", "hypothesis", "pytest", "transformers.models.llama.modeling_llama", "train.pipeline"]
+"""What ranks import anyway: seconds of CPU each, which they share as forks of one server that has done nothing else."""
+
+
 def on_ranks(folder: Path, world: int, body: Callable[..., Any], *given: Any, **named: Any) -> list[Any]:
     """Run `body(ranks, *given, **named)` on real processes over gloo and return what each rank returned."""
     rendezvous = folder / f"meet-{len(list(folder.iterdir()))}"
-    torch.multiprocessing.spawn(_rank, args=(world, str(rendezvous), body, given, named), nprocs=world)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(
+        _rank,
+        args=(world, str(rendezvous), dict(os.environ), body, given, named),
+        nprocs=world,
+        start_method="forkserver",
+    )
     return [torch.load(f"{rendezvous}.{rank}", weights_only=False) for rank in range(world)]  # written by _rank above

@@ -30,23 +30,28 @@ POINTS = [
     "stage/2x-ties",
     "stage/report",
 ]
+SOME = ["save/manifest", "write/model.safetensors", "stage/2x-ties"]
+"""A half-written checkpoint, a half-written model, a stage that is done and not yet complete."""
 
+ALONE = PIPELINE.replace("ranks: 2", "ranks: 1")
+"""Half the processes to start, where what runs does not depend on their number."""
 
 BARE = """
 import json, math, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-document = json.loads(open(sys.argv[2]).readline())
-ids = [tokenizer.bos_token_id, *tokenizer(document["text"], add_special_tokens=False).input_ids]
-bits, done, start = 0.0, 1, 0
-while done < len(ids):
-    stop = min(start + 32, len(ids))
-    with torch.no_grad():
-        logs = torch.log_softmax(model(torch.tensor([ids[start:stop]])).logits[0].double(), dim=-1)
-    bits -= sum(float(logs[at - start - 1, ids[at]]) for at in range(done, stop)) / math.log(2)
-    start, done = start + 16, stop
-print(bits, type(model).__name__, model.lm_head.weight is model.model.embed_tokens.weight, document["id"])
+for folder, text in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    document = json.loads(open(text).readline())
+    ids = [tokenizer.bos_token_id, *tokenizer(document["text"], add_special_tokens=False).input_ids]
+    bits, done, start = 0.0, 1, 0
+    while done < len(ids):
+        stop = min(start + 32, len(ids))
+        with torch.no_grad():
+            logs = torch.log_softmax(model(torch.tensor([ids[start:stop]])).logits[0].double(), dim=-1)
+        bits -= sum(float(logs[at - start - 1, ids[at]]) for at in range(done, stop)) / math.log(2)
+        start, done = start + 16, stop
+    print(bits, type(model).__name__, model.lm_head.weight is model.model.embed_tokens.weight, document["id"])
 """
 """A process without this project: stock transformers, one pass a window, the bits of the first held-out document."""
 
@@ -78,17 +83,21 @@ def test_a_run_ends_with_models_that_stock_transformers_loads(undisturbed):
         "2x-linear",
         "2x-ties",
     }
-    for name, language in (("2x-swe", "swe"), ("1x-ties", "est")):
+    looked_at = (("2x-swe", "swe"), ("1x-ties", "est"))
+    files = []
+    for name, language in looked_at:
         (text,) = (workdir / "stages" / "text").glob(f"*/{language}/heldout.jsonl")
-        bare = subprocess.run(
-            [sys.executable, "-c", BARE, str(workdir / "models" / name), str(text)],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd="/",
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        )
-        bits, kind, tied, document = bare.stdout.split()
+        files += [str(workdir / "models" / name), str(text)]
+    bare = subprocess.run(
+        [sys.executable, "-c", BARE, *files],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    for (name, language), line in zip(looked_at, bare.stdout.splitlines(), strict=True):
+        bits, kind, tied, document = line.split()
         assert (kind, tied) == ("LlamaForCausalLM", "True")
         row = found["scores"][name][language][0]
         assert row[0] == document
@@ -184,14 +193,19 @@ def assert_same(folder: Path, workdir: Path) -> None:
         assert ours == (model / "model.safetensors").read_bytes(), model.name
 
 
-def test_killed_at_every_named_point_it_ends_with_the_very_numbers(undisturbed, tmp_path):
-    folder, _ = undisturbed
-    workdir = tmp_path / "run"
-    for point in POINTS:
-        assert run_and_kill(folder, workdir, at=point), f"{point} was never reached"
+def assert_goes_on(folder: Path, workdir: Path) -> None:
     ended = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
     assert ended.returncode == 0, ended.stderr
     assert_same(folder, workdir)
+
+
+@pytest.mark.parametrize("points", [SOME, pytest.param(POINTS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_killed_at_named_points_it_ends_with_the_very_numbers(undisturbed, tmp_path, points):
+    folder, _ = undisturbed
+    workdir = tmp_path / "run"
+    for point in points:
+        assert run_and_kill(folder, workdir, at=point), f"{point} was never reached"
+    assert_goes_on(folder, workdir)
 
 
 @pytest.mark.slow
@@ -207,9 +221,7 @@ def test_killed_at_20_random_moments_it_ends_with_the_very_numbers(undisturbed, 
             kills += 1
             if kills == 20:
                 break
-        ended = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
-        assert ended.returncode == 0, ended.stderr
-        assert_same(folder, workdir)
+        assert_goes_on(folder, workdir)
 
 
 def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tmp_path):
@@ -217,7 +229,7 @@ def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tm
     workdir = tmp_path / "run"
     shutil.copytree(folder / "run", workdir, symlinks=True)
     changed = folder / "changed.yaml"
-    changed.write_text(PIPELINE.replace('method: "{method}"}', 'method: "{method}", density: 0.3}'))
+    changed.write_text(ALONE.replace('method: "{method}"}', 'method: "{method}", density: 0.3}'))
     ran = growmerge("run", str(changed), "--workdir", str(workdir))
     assert ran.returncode == 0, ran.stderr
     assert started(workdir) == [
@@ -240,7 +252,7 @@ def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tm
     assert (workdir / "models" / "mine").is_dir()
 
     # What only the report says of the text re-runs the report alone, which mends the cards too.
-    changed.write_text(PIPELINE.replace("edition: made up", "edition: corrected").replace("every: 5", "every: 4"))
+    changed.write_text(ALONE.replace("edition: made up", "edition: corrected").replace("every: 5", "every: 4"))
     ran = growmerge("run", str(changed), "--workdir", str(workdir))
     assert ran.returncode == 0, ran.stderr
     assert started(workdir) == ["report"]
@@ -271,7 +283,7 @@ def test_a_check_that_is_not_passed_is_exit_code_1(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(folder / "run", workdir, symlinks=True)
     changed = folder / "asks-too-much.yaml"
-    changed.write_text(PIPELINE.replace("by: 0.2", "by: 5.0"))
+    changed.write_text(ALONE.replace("by: 0.2", "by: 5.0"))
     failed = growmerge("run", str(changed), "--workdir", str(workdir))
     assert failed.returncode == 1
     assert "check failed: seed on eng beats the unigram model by" in failed.stderr
@@ -300,31 +312,50 @@ def test_a_second_run_at_once_is_refused_with_its_owners_name(undisturbed, tmp_p
     assert f"pid {first.pid} of" in second.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-@pytest.mark.parametrize(
-    "sizes", [("3m",), pytest.param(("64k", "400k", "1200k", "2m", "5m", "9m", "12m"), marks=pytest.mark.slow)]
-)
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(undisturbed, tmp_path, sizes):
-    folder, _ = undisturbed
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 200 MB, and what gives it another size."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sizes[0]}", "tmpfs", str(disk)], check=True)
-    try:
-        for size in sizes:
-            subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
-            full = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(disk / "run"))
-            assert full.returncode in (1, 2), (size, full.stderr)
-            assert "no space left" in full.stderr.splitlines()[-1], (size, full.stderr)
-            assert "Traceback" not in full.stderr, size
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        ended = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(disk / "run"))
-        assert ended.returncode == 0, ended.stderr
-        assert_same(folder, disk / "run")
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(disk)], check=True)
+    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+def assert_full(folder: Path, workdir: Path) -> None:
+    full = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+    assert full.returncode in (1, 2), full.stderr
+    assert "no space left" in full.stderr.splitlines()[-1], full.stderr
+    assert "Traceback" not in full.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(undisturbed, disk):
+    """It fills up in one stage of training; the others are done."""
+    folder, (disk, resize) = undisturbed[0], disk
+    workdir = disk / "run"
+    shutil.copytree(folder / "run", workdir, symlinks=True)
+    shutil.rmtree(workdir / "stages" / "2x-est")
+    resize(shutil.disk_usage(disk).used + 300_000)
+    assert_full(folder, workdir)
+    assert started(workdir) == ["2x-est"]
+    resize("200m")
+    assert_goes_on(folder, workdir)
+    assert started(workdir) == ["2x-est"]
+
+
+@pytest.mark.slow
+def test_disks_that_are_full_at_any_stage(undisturbed, disk):
+    folder, (disk, resize) = undisturbed[0], disk
+    for size in ("64k", "400k", "1200k", "2m", "3m", "5m", "9m", "12m"):
+        resize(size)
+        assert_full(folder, disk / "run")
+    resize("200m")
+    assert_goes_on(folder, disk / "run")
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path, victim):
     """Rank 1 dies in a save and rank 0 waits for it; or rank 0 dies and rank 1 never learns of it by itself."""
     folder, _ = undisturbed
