@@ -135,11 +135,11 @@ class Profile:
             variables["TMPDIR"] = self.temporary
         found += [f"export {name}={_quoted(value)}" for name, value in {**variables, **self.environment}.items()]
         if self.temporary is not None:
-            found.append(f"{ON_EACH_NODE} mkdir -p {_quoted(self.temporary)} || exit 1")
+            found.append(f"{ON_EACH_NODE} mkdir -p {_quoted(self.temporary)} || finish 1")
         if self.node_local is not None:
             folder, archive = _quoted(self.node_local.folder), _quoted(self.node_local.archive)
-            found.append(f"{ON_EACH_NODE} mkdir -p {folder} || exit 1")
-            found.append(f"{ON_EACH_NODE} tar -xf {archive} -C {folder} || exit 1")
+            found.append(f"{ON_EACH_NODE} mkdir -p {folder} || finish 1")
+            found.append(f"{ON_EACH_NODE} tar -xf {archive} -C {folder} || finish 1")
         return [*found, f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
 
     def prepare(self, workdir: Path) -> None:
