@@ -73,7 +73,7 @@ def test_of_a_job_and_its_successors_the_one_that_runs_counts(tmp_path, monkeypa
     ("log", "line"),
     [
         (
-            "Traceback (most recent call last):\n[rank0]: KeyError: 'report'\nsrun: error: n1: task 0: Exited with exit code 1\n",
+            "Traceback\n[rank0]: KeyError: 'report'\nsrun: error: n1: task 0: Exited with exit code 1\n",
             "[rank0]: KeyError: 'report'",
         ),
         (
