@@ -104,11 +104,12 @@ _WORKDIR = click.argument("workdir", type=click.Path(path_type=Path, exists=True
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
-def fetch(config: Path) -> None:
+@click.option("--profile", help="The cluster's profile, whose cache it goes into; the file's own by default.")
+def fetch(config: Path, profile: str | None) -> None:
     """Bring here what CONFIG names of the Hub and the package index: its jobs need no network then."""
     from growmerge.fetch import fetch_all
 
-    click.echo(f"{fetch_all(config)} things are here")
+    click.echo(f"{fetch_all(config, profile)} things are here")
 
 
 @main.command()

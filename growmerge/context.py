@@ -64,5 +64,5 @@ class Context:
                 outcome = (None, str(error))
         result, line = self.ranks.broadcast(outcome)
         if line is not None:
-            raise InputError(line)
+            raise InputError(line, shared=True)
         return result

@@ -131,7 +131,8 @@ def _nodes(name: str | None, profile: Profile, workdir: Path, work: Path, nodes:
     rehearsed = rehearse(planned, work)
     yield rehearsed
     if rehearsed.state == "ok":
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the job is cancelled, the folder removed
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)  # the job is cancelled, the folder removed
         yield from findings(planned, work, profile, wait, lambda text: click.echo(text, err=True))
 
 

@@ -44,7 +44,7 @@ def plan(work: Path, workdir: Path, name: str | None, nodes: int) -> Planned:
     submission = Submission(
         name="growmerge",
         workdir=workdir,
-        units={NAME: Unit(verb=NAME, together=True, after=(), result=work / "result")},
+        units={NAME: Unit(verb=NAME, together=True, after=(), result=work / "result", key="")},
         resources=Resources(
             ranks=nodes * max(1, gpus),
             nodes=nodes,

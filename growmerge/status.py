@@ -31,6 +31,8 @@ EVERY_S = 5.0
 """Seconds between two looks of `--watch`."""
 LEASES = ("lease.json", "job.json")
 """Of a run on this machine, and of its job."""
+GONE_S = 120.0
+"""How long jobs that are cancelled may take to go: a training saves meanwhile."""
 ENDED_S = 10.0
 """Seconds that a run of this machine has to end in when it is cancelled."""
 
@@ -79,19 +81,24 @@ def _row(name: str, entry: Entry, job: Queued | None, entries: Mapping[str, Entr
     if job is None:
         if ran(entry):
             return Row(state="failed", note=why(entry), **about)
-        started = any(ran(other) for other in entries.values())
-        return Row(state="not started", note=NEEDED if started else NO_WORD, **about)
+        missing = [
+            other for other in entry.after if other in entries and not manifest.is_complete(entries[other].result)
+        ]
+        if missing:
+            return Row(state="not started", note=f"it needs {missing[0]}", **about)
+        others = [other for other in entries.values() if other.ids == entry.ids and ran(other)]
+        return Row(state="not started", note="its job ended before" if others else NO_WORD, **about)
     about["restarts"] = job.restarts + entry.ids.index(job.id)
     if job.state != "RUNNING":
         note = job.why if job.state == "PENDING" else job.state.lower()
         return Row(state="waiting", note=note, **about)
     events = [event for event in last_events(entry.folder / "events.jsonl") if event.get("stage", name) == name]
-    if len([one for one in entries.values() if one.folder == entry.folder]) > 1 and not events:
-        return Row(state="waiting", note="waits for others of its job", **about)
+    if len([one for one in entries.values() if one.folder == entry.folder]) > 1:
+        if not events:
+            return Row(state="waiting", note="waits for others of its job", **about)
+        if events[-1]["event"] == "error":
+            return Row(state="failed", note=str(events[-1]["text"]), **about)
     return Row(state="running", nodes=job.nodes, **about, **progress(events))
-
-
-NEEDED = "a stage that it needs has failed"
 
 
 def _here(workdir: Path) -> list[Row]:
@@ -236,23 +243,40 @@ def _log_here(workdir: Path, rank: int) -> Path:
 
 
 def cancel(workdir: Path, stages: Sequence[str]) -> str:
-    """Cancel the jobs of stages, all by default, or end the run of this machine; return what was done.
+    """Cancel the jobs of stages and of what needs them, all by default, or end the run of this machine.
+
+    Returns what was done, once the scheduler has none of them any more: the same command may be given again.
 
     Raises:
-        InputError: no such stage; a run of another machine, or one that does not end.
+        InputError: no such stage; somebody else's jobs; a run of another machine, or one that does not end.
     """
     entries = submitted(workdir)
     for stage in stages:
         if stage not in entries:
             raise InputError(one_of("stage", stage, entries))
-    found = under_way(entries)
-    graph.cancel(entries[name].taken for name in found if name in (stages or entries))
-    count = len({entries[name].ids for name in found if name in (stages or entries)})
     owner = None if stages else holder(workdir / LEASES[0])
-    if owner is None:
-        return f"{count} jobs cancelled"
-    _end(owner, workdir)
-    return f"{count} jobs cancelled, and {owner} ended" if count else f"ended: {owner}"
+    if owner is not None:  # before its jobs, or it might submit more
+        _end(owner, workdir)
+    wanted = with_those_that_need_it(stages, entries)
+    jobs = {entries[name].ids: entries[name].taken for name in under_way(entries) if name in wanted}
+    graph.cancel(jobs.values())
+    until = time.monotonic() + GONE_S
+    while any(name in wanted for name in under_way(entries)) and time.monotonic() < until:
+        time.sleep(1)
+    named = sorted(name for name, entry in entries.items() if entry.ids in jobs)
+    done = f"{len(jobs)} jobs cancelled" + (f": {', '.join(named)}" if jobs and stages else "")
+    return f"ended: {owner}" + (f"; {done}" if jobs else "") if owner else done
+
+
+def with_those_that_need_it(stages: Sequence[str], entries: Mapping[str, Entry]) -> set[str]:
+    """Return stages, those that share a job with them, and all that need one of these; without any, all."""
+    found = {*(stages or entries)}
+    while True:
+        ids = {entries[name].ids for name in found}
+        more = {name for name, entry in entries.items() if entry.ids in ids or found.intersection(entry.after)}
+        if more <= found:
+            return found
+        found |= more
 
 
 def _end(owner: Owner, workdir: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from checkpoint import manifest
 from growmerge.config import merged_training
 from growmerge.graph import Node
-from growmerge.hub import place
+from growmerge.hub import PREFIX, place
 from growmerge.resolved import corpora_of, resolved
 from growmerge.schema import Corpus, Pipeline, TrainStage
 from parallel.errors import InputError
@@ -60,6 +60,10 @@ are left out of a task's configuration, so that older results are still up to da
 
 WITHOUT_RESULT = ("checkpoint_every", "keep", "keep_every", "saves", "stall_minutes", "tracker")
 """Keys of a training that no result depends on."""
+
+
+TOPOLOGY = ("zero", "tp", "sp", "pp", "offload", "recompute", "compile", "kernels", "micro_batch")
+"""Keys of a training that say how it is computed: a run may go on at another topology."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +161,8 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
         config["training"] = _without_added(merged_training(pipeline, node.stage))
         config["mixture"] = resolved(node.stage.data, pipeline.mixtures)
         config["precision"] = config["training"]["precision"]
-        config["training"] = {key: value for key, value in config["training"].items() if key not in WITHOUT_RESULT}
+        dropped = (*WITHOUT_RESULT, *TOPOLOGY)
+        config["training"] = {key: value for key, value in config["training"].items() if key not in dropped}
         config["evaluation"] = {key: _evaluation(pipeline)[key] for key in ("window", "stride")}
         config["evaluation"]["languages"] = _scored_languages(pipeline, node.stage)
         if node.stage.from_ == "scratch" and pipeline.model is not None:
@@ -189,6 +194,8 @@ def _path_stamp(path: str | None, base: Path) -> Any:
     if path is None:
         return None
     folder = place(base, path)
+    if path.startswith(PREFIX):
+        return folder.name  # the commit
     if manifest.is_complete(folder):
         return manifest.digest(manifest.read_manifest(folder))
     return [[name.name, name.stat().st_size, name.stat().st_mtime_ns] for name in sorted(folder.glob("*"))]

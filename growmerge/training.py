@@ -13,10 +13,11 @@ from typing import Any
 
 from checkpoint.files import disk_errors, read_json, write_json
 from growmerge import rules_mixture
-from growmerge.clusters import workdir_of
+from growmerge.clusters import profile_of, workdir_of
 from growmerge.config import Marks, load_file
+from growmerge.rules import NAME
 from growmerge.schema_train import TrainConfig
-from growmerge.tasks import WITHOUT_RESULT
+from growmerge.tasks import TOPOLOGY, WITHOUT_RESULT
 from parallel.errors import InputError, Stopped, one_of
 
 RUN = "run.json"
@@ -50,6 +51,8 @@ def load(path: Path) -> tuple[TrainConfig, Marks]:
     starts = [key for key in ("model", "shape", "branch") if getattr(config, key) is not None]
     if len(starts) != 1:
         raise marks.error("", f"a run starts from exactly one of model, shape, branch; given: {starts or 'none'}")
+    if not NAME.fullmatch(config.name):
+        raise marks.error("name", f"{config.name!r} is no name: letters, digits and . _ + - are allowed")
     if config.training.steps is None:
         raise marks.error("training", "`steps` is missing")
     if config.data.mixture not in config.mixtures:
@@ -80,6 +83,7 @@ def train_file(
     config, marks = load(path)
     if profile is not None:
         config = replace(config, resources=replace(config.resources, profile=profile))
+    profile_of(config.resources.profile).enter()
     folder = workdir_of(workdir, config.resources, config.name)
     base = path.absolute().parent
     if dry_run:
@@ -91,7 +95,7 @@ def train_file(
     if _finished(folder, key, marks):
         print(f"nothing to do: {config.name} is finished; model: {folder / 'model'}")
         return 0
-    ranks = _launched()
+    ranks = _launched(executor)
     with marks.within("training"):
         plan_of(config).mesh(ranks[1] if ranks else config.resources.ranks)
     check_places(config, base, marks)
@@ -139,8 +143,8 @@ def _key(config: TrainConfig) -> str:
     for name in ("resources", "name"):
         del content[name]
     content["training"] = {key: value for key, value in content["training"].items() if key not in WITHOUT_RESULT}
-    for name in ("zero", "tp", "sp", "pp", "offload", "recompute", "compile", "kernels", "micro_batch"):
-        del content["training"][name]  # a run may go on at another topology
+    for name in TOPOLOGY:
+        del content["training"][name]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -172,9 +176,9 @@ def _ended(folder: Path) -> bool:
     return bool(known.get("finished")) and manifest.is_complete(folder / "model")
 
 
-def _launched() -> tuple[int, int, int] | None:
+def _launched(executor: str) -> tuple[int, int, int] | None:
     """Return (rank, ranks, rank on its node) if a launcher has started this process as one of several."""
-    for rank, world in SET_BY_LAUNCHERS:
+    for rank, world in SET_BY_LAUNCHERS if executor == "auto" else ():
         if rank in os.environ and world in os.environ:
             local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
             return int(os.environ[rank]), int(os.environ[world]), int(local)
@@ -227,7 +231,9 @@ def submission(config: TrainConfig, base: Path, folder: Path, path: Path) -> Any
     return Submission(
         name=config.name,
         workdir=folder,
-        units={config.name: Unit(verb="train", together=True, after=(), result=folder / "model")},
+        units={
+            config.name: Unit(verb="train", together=True, after=(), result=folder / "model", key=_key(config)),
+        },
         resources=config.resources,
         function=work,
         order=order,
@@ -238,17 +244,19 @@ def submission(config: TrainConfig, base: Path, folder: Path, path: Path) -> Any
 
 def _submit(config: TrainConfig, base: Path, folder: Path, key: str, path: Path, *, detach: bool) -> int:
     """Submit the run as a job of a cluster and watch it."""
-    from growmerge.clusters import profile_of
     from growmerge.events import EventLog
-    from growmerge.on_cluster import submit, watch
+    from growmerge.on_cluster import refuse_changed, submit, watch
     from growmerge.show import Show
     from slurm.lease import Lease
 
     names, job = [config.name], submission(config, base, folder, path)
     profile_of(config.resources.profile).prepare(folder)
-    _begin(folder, key)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     show = Show({config.name: 0.0}, EventLog(folder / "log.jsonl"), requeues=True)
     with disk_errors(folder), Lease(folder / "lease.json", f"growmerge train {path}"), show:
+        refuse_changed(job, names)
+        _begin(folder, key)
         submit(job, names, show, lambda name: _ended(folder))
     if detach:
         return 0
@@ -311,12 +319,12 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, path: Path)
 
 def work(order: Order) -> str | None:
     """Train as one rank of a job; return the line of a bad input, or None."""
-    from growmerge.worker import end_with, give_up, prepare_environment
+    from growmerge.worker import end_with, give_up, leave, prepare_environment
 
     if order.launcher is not None:
         end_with(order.launcher)
     else:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # see growmerge.worker.work
+        signal.signal(signal.SIGUSR2, leave)
     prepare_environment(order.threads)
     from contextlib import nullcontext, suppress
 
@@ -327,11 +335,13 @@ def work(order: Order) -> str | None:
     from growmerge.worker import JOB_LEASE
     from parallel.ranks import connect
     from slurm.executor import task_environment
-    from slurm.lease import Lease
+    from slurm.lease import BEAT, STALE, Lease
 
     torch.set_num_threads(order.threads)
     rank, world = task_environment()
-    with Lease(order.folder / JOB_LEASE, "a job of growmerge train") if rank == 0 else nullcontext():
+    patience = STALE + BEAT if order.launcher is None else 0
+    lease = Lease(order.folder / JOB_LEASE, "a job of growmerge train", patience=patience)
+    with lease if rank == 0 else nullcontext():
         log = EventLog(order.events) if rank == 0 else None
 
         def report(event: Mapping[str, Any]) -> None:
@@ -351,7 +361,7 @@ def work(order: Order) -> str | None:
             with suppress(OSError):  # the disk may be full
                 report({"event": "stopped" if stopped else "error", "text": str(error)})
             if order.launcher is None:
-                give_up(error)
+                give_up(error, world)
             return str(error)
         torch.distributed.destroy_process_group()
     return None

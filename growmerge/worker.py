@@ -3,12 +3,15 @@
 import os
 import resource
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from checkpoint.files import disk_errors
@@ -20,6 +23,8 @@ from growmerge.tasks import Task
 from parallel.errors import InputError, Stopped
 
 JOB_LEASE = "job.json"
+LATE_S = 40.0
+"""How long what another node wrote may be out of sight (network file systems), and a signal be late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +55,7 @@ def work(order: Order) -> str | None:
     if order.launcher is not None:
         end_with(order.launcher)
     else:
-        # submitit would requeue what has nothing to save, and count that. Training listens while it can save.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, leave)
     prepare_environment(order.threads)
     import torch
 
@@ -79,22 +83,51 @@ def work(order: Order) -> str | None:
         for name in order.todo:
             if context.ranks.broadcast(context.tasks[name].done if rank == 0 else None):
                 continue  # by a job that was requeued after its end
-            if (error := _do(context, name, order.leases)) is not None:
+            if (error := _do(context, name, order)) is not None:
                 failed.append(error)
-                if isinstance(error, Stopped) or order.leases is None:
+                if isinstance(error, Stopped) or order.leases is None or not (world == 1 or error.shared):
                     break  # where each stage has a lease of its own, others do not need it, or notice
         if not failed:
             torch.distributed.destroy_process_group()
     if failed and order.launcher is None:
-        give_up(failed[-1])
+        give_up(next((error for error in failed if isinstance(error, Crashed)), failed[-1]), world)
     return str(failed[-1]) if failed else None
 
 
-def give_up(error: InputError) -> NoReturn:
-    """End a rank of a cluster's job, which is then requeued if it was asked to stop (slurm/job.sh)."""
+class Crashed(InputError):
+    """What is no bad input, in a job that goes on with other stages."""
+
+
+def give_up(error: InputError, world: int) -> NoReturn:
+    """End a rank of a cluster's job, whose exit code says whether to try again (slurm/job.sh).
+
+    A bad input that one rank of several alone has met may be its node's fault.
+    """
     from slurm.script import STOPPED, WOULD_FAIL_AGAIN
 
-    raise SystemExit(STOPPED if isinstance(error, Stopped) else WOULD_FAIL_AGAIN)
+    bad_input = not isinstance(error, Crashed) and (world == 1 or error.shared)
+    quit_now(STOPPED if isinstance(error, Stopped) else WOULD_FAIL_AGAIN if bad_input else 1)
+
+
+def leave(number: int, frame: FrameType | None) -> NoReturn:
+    """End a rank that is told to stop while it has nothing to save; training listens by itself."""
+    from slurm.script import OUT_OF_TIME, STOPPED
+    from train.signals import time_left
+
+    # What comes long before the end of the job's time is a preemption, which may happen as often as it likes.
+    lead = float(os.environ.get("GROWMERGE_LEAD_S", "120"))
+    quit_now(OUT_OF_TIME if time_left() < lead + LATE_S else STOPPED)
+
+
+def quit_now(code: int) -> NoReturn:
+    """End this process with a code, whatever its threads do.
+
+    srun ends the other ranks when the first has ended, by a signal; while Python takes itself apart that would count.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def prepare_environment(threads: int) -> None:
@@ -104,18 +137,18 @@ def prepare_environment(threads: int) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _do(context: Context, name: str, leases: Path | None) -> InputError | None:
+def _do(context: Context, name: str, order: Order) -> InputError | None:
     """Do one task and say so; return what went wrong, or None."""
     from growmerge.verbs import do
 
     started = time.time()
-    if (missing := context.once(lambda: _missing(context, name))) is not None:
+    if (missing := context.once(lambda: _missing(context, name, order))) is not None:
         context.report({"event": "needs", "stage": name, "text": missing})
-        return InputError(missing)
+        return InputError(missing, shared=True)
     try:
         with disk_errors(context.workdir), ExitStack() as held:
-            if leases is not None:
-                context.once(lambda: _take(held, leases / f"{context.tasks[name].key}.json"))
+            if order.leases is not None:
+                context.once(lambda: _take(held, context.tasks[name], order))
             context.report({"event": "start", "stage": name})
             do(context, context.tasks[name])
             seconds, memory = round(time.time() - started, 2), round(sum(context.ranks.gather(peak_memory())), 2)
@@ -125,19 +158,33 @@ def _do(context: Context, name: str, leases: Path | None) -> InputError | None:
             kind = "stopped" if isinstance(error, Stopped) else "error"
             context.report({"event": kind, "stage": name, "text": str(error)})
         return error
+    except Exception as error:
+        if len(order.todo) == 1 or context.ranks.world_size > 1:
+            raise
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}"
+        context.report({"event": "error", "stage": name, "text": text})
+        return Crashed(text)
     return None
 
 
-def _missing(context: Context, name: str) -> str | None:
+def _missing(context: Context, name: str, order: Order) -> str | None:
     """Return why a task cannot be begun, if it cannot: its job may start however those that it needs have ended."""
-    needed = [other for other in context.tasks[name].inputs if other in context.tasks]
-    return next((f"it needs {other}, which has failed" for other in needed if not context.tasks[other].done), None)
+    left = [other for other in context.tasks[name].inputs if other in context.tasks]
+    until = time.monotonic() + (LATE_S if order.launcher is None else 0)
+    while left := [other for other in left if not context.tasks[other].done]:
+        if time.monotonic() > until:
+            return f"it needs {left[0]}, which has failed"
+        time.sleep(2)
+    return None
 
 
-def _take(held: ExitStack, path: Path) -> None:
-    from slurm.lease import Lease
+def _take(held: ExitStack, task: Task, order: Order) -> None:
+    from slurm.lease import BEAT, STALE, Lease
 
-    held.enter_context(Lease(path, "a job of growmerge run"))
+    assert order.leases is not None, "a job without leases of its own"
+    patience = STALE + BEAT if order.launcher is None else 0
+    held.enter_context(Lease(order.leases / f"{task.key}.json", "a job of growmerge run", patience=patience))
 
 
 def peak_memory() -> float:

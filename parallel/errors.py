@@ -7,6 +7,11 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Bad input from a user: the message is one complete line; no traceback is shown for it."""
 
+    def __init__(self, line: str = "", *, shared: bool = False) -> None:
+        """Take the line, and whether all ranks are known to have met it."""
+        super().__init__(line)
+        self.shared = shared
+
 
 def one_of(what: str, given: object, allowed: Iterable[object]) -> str:
     """Return the line that says `given` is not an allowed `what`, with the nearest match if there is one."""

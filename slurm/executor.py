@@ -5,11 +5,11 @@ What runs is `function(*arguments)`, once a rank; RANK, WORLD_SIZE and LOCAL_RAN
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,8 +104,8 @@ def prepare(folder: Path) -> None:
         InputError: submitit would fill in a part of its path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if re.search("%[jtaA]", str(folder)):
-        raise InputError(f"{folder}: submitit fills in %j, %t, %a and %A in paths; choose one without them")
+    if "%" in str(folder):
+        raise InputError(f"{folder}: submitit and SLURM fill in what follows a % in paths; choose one without it")
     # Ranks must not find a user's own `train.py` or `eval/` in the current folder before this project's rooms.
     os.environ["PYTHONSAFEPATH"] = "1"
 
@@ -176,7 +176,9 @@ def task_environment() -> tuple[int, int]:
         "LOCAL_WORLD_SIZE": place.num_tasks // place.num_nodes,
     }
     os.environ.update({name: str(value) for name, value in variables.items()})
-    # Used where the ranks have no common file to meet on; the same for all of them, and jobs that share a node differ.
+    # Used where the ranks have no common file to meet on: the same for all of them; jobs that share a node differ, and
+    # so do a job's starts. Below the ports that systems give out by themselves.
     os.environ.setdefault("MASTER_ADDR", place.hostnames[0])
-    os.environ.setdefault("MASTER_PORT", str(20000 + int("".join(filter(str.isdigit, place.job_id))[-5:]) % 40000))
+    start = f"{place.job_id}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    os.environ["MASTER_PORT"] = str(10000 + zlib.crc32(start.encode()) % 22000)
     return place.global_rank, place.num_tasks

@@ -76,11 +76,14 @@ def submit_all(
             note(found)
             for _ in range(job.successors):  # such a job is a group of its own
                 ids = found[group[0]].ids
-                ids += tuple(_submit([job], folder, {"afternotok": ids[-1:]}))
+                # They need what it needs: without that it is cancelled, which they would take for a failure.
+                before = needs(jobs[group[0]], known)
+                ids += tuple(_submit([job], folder, {**before, "afternotok": ids[-1:]}))
                 known[group[0]] = found[group[0]] = Taken(ids=ids, soft=True)
                 note(found)
     except BaseException as error:
-        cancel(found.values())
+        with contextlib.suppress(InputError):
+            cancel(found.values())
         if isinstance(error, subprocess.CalledProcessError | RuntimeError):
             raise InputError(f"the scheduler rejects {group[0]}: {_last_words(error)}") from error
         raise
@@ -169,10 +172,18 @@ def _asked(job: Job) -> Any:
 
 
 def cancel(jobs: Iterable[Taken]) -> None:
-    """Cancel jobs; those that have ended are passed over."""
+    """Cancel jobs; those that have ended are passed over.
+
+    Raises:
+        InputError: the scheduler's own words, such as that they are somebody else's.
+    """
     # Successors first, or one would start when its job is gone.
-    if given := [id for job in jobs for id in reversed(job.ids)]:
-        subprocess.run(["scancel", "--quiet", *given], capture_output=True, check=False)
+    given = [one for job in jobs for one in reversed(job.ids)]
+    if not given:
+        return
+    done = subprocess.run(["scancel", "--quiet", *given], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError((done.stderr.strip().splitlines() or ["scancel failed"])[-1])
 
 
 def _last_words(error: BaseException) -> str:

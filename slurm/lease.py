@@ -80,8 +80,15 @@ class Lease:
         InputError: somebody else holds it; the line names who.
     """
 
-    def __init__(self, path: Path, doing: str) -> None:
+    def __init__(self, path: Path, doing: str, *, patience: float = 0.0) -> None:
+        """Name the lease.
+
+        Args:
+            patience: how long to wait for whoever holds it (seconds); one that was killed on another host a moment ago
+                counts as alive for STALE seconds.
+        """
         self._path = path
+        self._patience = patience
         self._owner = this_process(doing)
         self._stop = threading.Event()
 
@@ -89,6 +96,9 @@ class Lease:
         return json.dumps({"owner": asdict(self._owner), "beat": time.time()}).encode()
 
     def __enter__(self) -> "Lease":
+        until = time.monotonic() + self._patience
+        while holder(self._path) is not None and time.monotonic() < until:
+            time.sleep(1)
         fresh = self._beside("new")
         for _ in range(3):
             with disk_errors(self._path):
@@ -101,12 +111,13 @@ class Lease:
                 continue
             finally:
                 fresh.unlink()
-            threading.Thread(target=self._beat, daemon=True).start()
+            self._beats = threading.Thread(target=self._beat, daemon=True)
+            self._beats.start()
             return self
         raise InputError(f"{self._path}: another process took this lease at the same moment; try again")
 
     def _beside(self, what: str) -> Path:
-        return self._path.with_name(f".{self._path.name}.{os.getpid()}.{what}")
+        return self._path.with_name(f".{self._path.name}.{socket.gethostname()}.{os.getpid()}.{what}")
 
     def _refuse(self, owner: Owner | None) -> None:
         if owner is not None:
@@ -142,5 +153,6 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        self._beats.join(BEAT)  # or its last beat might bring back what is removed here
         if holder(self._path) == self._owner:
             self._path.unlink(missing_ok=True)

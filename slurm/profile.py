@@ -140,16 +140,25 @@ class Profile:
             folder, archive = _quoted(self.node_local.folder), _quoted(self.node_local.archive)
             found.append(f"{ON_EACH_NODE} mkdir -p {folder} || finish 1")
             found.append(f"{ON_EACH_NODE} tar -xf {archive} -C {folder} || finish 1")
+        # A folder's own `train.py` must not be found before this project's rooms.
+        found.append("export PYTHONSAFEPATH=1")
         return [*found, f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
 
+    def enter(self) -> None:
+        """Have this process write as jobs do, and look for models where they do."""
+        if self.group_writable:
+            os.umask(0o002)
+        filled = os.path.expandvars(self.cache or "")
+        if filled and "$" not in filled:
+            os.environ.update({name: f"{filled}/{folder}" for name, folder in CACHES.items()})
+
     def prepare(self, workdir: Path) -> None:
-        """Make ready for a new workdir in this process: its files' mode, and striping.
+        """Make a new workdir, striped.
 
         Raises:
             InputError: the striping command fails; its own words.
         """
-        if self.group_writable:
-            os.umask(0o002)
+        self.enter()
         if self.striping is None or workdir.exists():
             return
         workdir.mkdir(parents=True)

@@ -2,12 +2,16 @@
 
 import getpass
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from parallel.errors import InputError
+from slurm.executor import Job
 
+GPUS = re.compile(r"\bgpu:(?:[^:,(]+:)?(\d+)")
+"""How many of them a node's generic resources name: gpu:4, gpu:a100:4(S:0-1)."""
 COLUMNS = {
     "ArrayJobID": 20,
     "ArrayTaskID": 20,
@@ -51,6 +55,32 @@ class Queued:
         return "" if self.state == "RUNNING" else REASONS.get(self.reason, self.reason)
 
 
+def refuse_what_no_node_has(job: Job) -> None:
+    """Refuse a job that would wait for ever: some schedulers take what none of their nodes can give.
+
+    Raises:
+        InputError: in one line, with what is asked for and what the partition has.
+    """
+    command = ["sinfo", "--all", "--noheader", "--exact", "--format=%P|%D|%c|%G"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return  # the scheduler will say it, or not
+    wanted = (os.environ.get("SBATCH_PARTITION") or str(job.slurm.get("partition", ""))).split(",")
+    kinds = []
+    for line in asked.stdout.splitlines():
+        partition, _, rest = line.partition("|")
+        if partition.rstrip("*") in wanted or (wanted == [""] and partition.endswith("*")):
+            count, cpus, gres = rest.split("|", 2)
+            kinds.append((int(count), int(cpus), sum(map(int, GPUS.findall(gres)))))
+    cores = job.ranks // job.nodes * job.threads
+    fit = sum(count for count, cpus, gpus in kinds if cpus >= cores and gpus >= job.gpus)
+    if kinds and fit < job.nodes:
+        each = f"{cores} cores" + (f" and {job.gpus} GPUs" if job.gpus else "")
+        there = ", ".join(f"{count} nodes of {cpus} cores and {gpus} GPUs" for count, cpus, gpus in sorted({*kinds}))
+        raise InputError(f"resources: {job.nodes} nodes of {each} are asked for; the partition has {there}")
+
+
 def queued(ids: Iterable[str], user: str | None = None) -> dict[str, Queued]:
     """Return those of the jobs that have not ended, by id.
 
@@ -64,7 +94,7 @@ def queued(ids: Iterable[str], user: str | None = None) -> dict[str, Queued]:
     if not wanted:
         return {}
     form = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
-    command = ["squeue", "--noheader", "--array", f"--user={user or getpass.getuser()}", f"--Format={form}"]
+    command = ["squeue", "--all", "--noheader", "--array", f"--user={user or getpass.getuser()}", f"--Format={form}"]
     try:
         # What a user has set for his own squeue would hide jobs.
         own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}

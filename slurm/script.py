@@ -11,8 +11,11 @@ from slurm.executor import Job
 
 WIDTH = 50
 """Tasks of an array that run at once."""
-WOULD_FAIL_AGAIN, STOPPED = 3, 75
-"""Exit codes of a rank: bad input, which no second try mends; asked to stop and saved, to be requeued. As in job.sh."""
+WOULD_FAIL_AGAIN, OUT_OF_TIME, STOPPED = 3, 74, 75
+"""Exit codes of a rank, as in job.sh: bad input, which no second try mends; told to stop by its time limit with nothing
+to save; asked to stop and saved, to be requeued."""
+OPTION = re.compile(r"[A-Za-z][\w-]*")
+"""The name of an option of sbatch."""
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -28,6 +31,12 @@ def parameters(job: Job, folder: Path, dependencies: Mapping[str, Sequence[str]]
     """
     if job.ranks % job.nodes:
         raise InputError(f"resources: {job.ranks} ranks do not divide by {job.nodes} nodes")
+    for name, value in job.slurm.items():
+        # A line break would end the option, and begin a command.
+        if not OPTION.fullmatch(name) or not str(value).isprintable():
+            raise InputError(f"slurm: {name!r}: {value!r} is no option of sbatch")
+    if not job.name.isprintable():
+        raise InputError(f"{job.name!r}: a name has to be one line")
     found: dict[str, Any] = {
         "job_name": job.name,
         "time": job.minutes,
@@ -37,7 +46,7 @@ def parameters(job: Job, folder: Path, dependencies: Mapping[str, Sequence[str]]
         "array_parallelism": WIDTH,
         "signal_delay_s": job.lead_s,
         # What a step inherits of these differs from one version of SLURM to the next.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={job.threads}", *job.srun],
+        "srun_args": ["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={job.threads}", *job.srun],
         "setup": [*head(job, folder), *job.setup],
         "teardown": ["finish $?"],
     }
@@ -57,14 +66,19 @@ def parameters(job: Job, folder: Path, dependencies: Mapping[str, Sequence[str]]
 def head(job: Job, folder: Path) -> list[str]:
     """Return the first lines of a job's script; what they mean is in job.sh."""
     values = {
-        "logs": str(folder),
-        "failures": str(job.failures),
-        "restarts": str(job.restarts),
-        "requeue": "yes" if job.requeue else "no",
-        "name": _slug(job) if job.successors else "",
+        "gm_logs": str(folder),
+        "gm_failures": str(job.failures),
+        "gm_restarts": str(job.restarts),
+        "gm_requeue": "yes" if job.requeue else "no",
+        "gm_name": _slug(job) if job.successors else "",
     }
     shell = (job.code or HERE) / "slurm" / "job.sh"
-    return [*(f"{name}={shlex.quote(value)}" for name, value in values.items()), f"source {shlex.quote(str(shell))}"]
+    lead = f"export GROWMERGE_LEAD_S={job.lead_s}"
+    return [
+        *(f"{name}={shlex.quote(value)}" for name, value in values.items()),
+        f"source {shlex.quote(str(shell))}",
+        lead,
+    ]
 
 
 def _slug(job: Job) -> str:

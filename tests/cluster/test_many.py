@@ -83,7 +83,7 @@ def test_200_jobs_of_a_second_are_one_array_and_none_is_lost(tmp_path, calls):
 
 
 def test_200_merges_of_a_pipeline_share_jobs_and_calls(tmp_path, calls, cluster):
-    text = PIPELINE[: PIPELINE.index("stages:")] + GRID.replace("WEIGHTS", ", ".join(f"{1 + n}" for n in range(200)))
+    text = PIPELINE[: PIPELINE.index("stages:")] + GRID.replace("WEIGHTS", ", ".join(f"'{1 + n}'" for n in range(200)))
     path = write_toy(tmp_path, text)
     began = time.monotonic()
     found = growmerge("run", str(path), "--executor", "slurm", "--detach", cwd=tmp_path)

@@ -57,7 +57,8 @@ def test_inspect_says_what_a_checkpoint_is_and_finds_a_flipped_bit(tiny_folder, 
     assert "model.safetensors: damaged (checksum of block 0" in found.stderr
 
 
-def test_a_package_that_shadows_a_room_is_named(tmp_path):
+def test_a_package_that_shadows_a_room_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # submitting in this process sets it
     (tmp_path / "merge").mkdir()
     (tmp_path / "merge" / "__init__.py").write_text("")
     found = subprocess.run(

@@ -30,16 +30,21 @@ def model(tiny_folder, tmp_path):
     return folder
 
 
+def told(*arguments, **given):
+    """What the command line says, without a process of its own: its imports take longer than its work."""
+    return CliRunner().invoke(main, arguments, **given)
+
+
 def test_grown_and_verified(model, tmp_path):
-    grown = growmerge("grow", str(model), str(tmp_path / "big"), "--width", "3", "--seed", "5")
-    assert grown.returncode == 0, grown.stderr
+    grown = told("grow", str(model), str(tmp_path / "big"), "--width", "3", "--seed", "5")
+    assert grown.exit_code == 0, grown.stderr
     assert grown.stdout.startswith(f"{tmp_path / 'big'}: safetensors, ")
     big = AutoModelForCausalLM.from_pretrained(tmp_path / "big")
     assert (big.config.hidden_size, big.config.num_attention_heads, big.dtype) == (96, 12, torch.bfloat16)
     assert (tmp_path / "big" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
-    shown = growmerge("verify", str(model), str(tmp_path / "big"), "--text", str(tmp_path / "text.txt"), "--json")
-    assert shown.returncode == 0, shown.stderr
+    shown = told("verify", str(model), str(tmp_path / "big"), "--text", str(tmp_path / "text.txt"), "--json")
+    assert shown.exit_code == 0, shown.stderr
     found = json.loads(shown.stdout)
     assert found["preserved"] is True
     assert found["float32"]["relative"] < 1e-5
@@ -47,35 +52,35 @@ def test_grown_and_verified(model, tmp_path):
     assert found["gradients"]["single"] > 0.05
     assert 0.2 < found["asymmetry"] < 0.6
     assert found["floor"]["max_logit_difference"] > found["float32"]["max_logit_difference"]
-    shown = growmerge(
+    shown = told(
         *("verify", str(model), str(tmp_path / "big"), "--text", str(tmp_path / "text.txt"), "--json", "--by-module")
     )
-    assert (shown.returncode, json.loads(shown.stdout)) == (0, {**found, "gradients": None})
+    assert (shown.exit_code, json.loads(shown.stdout)) == (0, {**found, "gradients": None})
 
-    again = growmerge("grow", str(model), str(tmp_path / "big"), "--width", "3", "--seed", "5")
-    assert (again.returncode, again.stdout.split(":")[0]) == (0, "nothing to do")
-    other = growmerge("grow", str(model), str(tmp_path / "big"), "--width", "2")
-    assert other.returncode == 2
+    again = told("grow", str(model), str(tmp_path / "big"), "--width", "3", "--seed", "5")
+    assert (again.exit_code, again.stdout.split(":")[0]) == (0, "nothing to do")
+    other = told("grow", str(model), str(tmp_path / "big"), "--width", "2")
+    assert other.exit_code == 2
     assert "holds another checkpoint (made by grow); choose another folder" in other.stderr
 
     weights = load_file(tmp_path / "big" / "model.safetensors")
     weights["model.norm.weight"] *= 1.5
     save_file(weights, tmp_path / "big" / "model.safetensors", metadata={"format": "pt"})
-    shown = growmerge("verify", str(model), str(tmp_path / "big"), COLUMNS="120")
-    assert shown.returncode == 1
+    shown = told("verify", str(model), str(tmp_path / "big"), env={"COLUMNS": "120"})
+    assert shown.exit_code == 1
     assert "function: NOT preserved" in shown.stdout
     assert "small, bfloat16 (noise floor)" in shown.stdout
 
 
 def test_what_is_not_promised_is_no_failure(model, tmp_path):
-    assert growmerge("grow", str(model), str(tmp_path / "s"), "--width", "3", "--method", "symmetric").returncode == 0
-    found = growmerge("verify", str(model), str(tmp_path / "s"), "--json")
-    assert found.returncode == 0
+    assert told("grow", str(model), str(tmp_path / "s"), "--width", "3", "--method", "symmetric").exit_code == 0
+    found = told("verify", str(model), str(tmp_path / "s"), "--json")
+    assert found.exit_code == 0
     assert json.loads(found.stdout)["preserved"] is None
     assert json.loads(found.stdout)["asymmetry"] == 0
     # A model that was grown by another tool: its factors are seen from its shape.
     (tmp_path / "s" / "growmerge.json").unlink()
-    assert json.loads(growmerge("verify", str(model), str(tmp_path / "s"), "--json").stdout)["asymmetry"] == 0
+    assert json.loads(told("verify", str(model), str(tmp_path / "s"), "--json").stdout)["asymmetry"] == 0
 
 
 def test_there_and_back_gives_the_same_bytes(model, tmp_path):
@@ -86,10 +91,10 @@ def test_there_and_back_gives_the_same_bytes(model, tmp_path):
         ("t", "back", "--shard-gb", "1e-5"),
         ("back", "single", "--workers", "1"),
     ):
-        ran = growmerge("convert", str(tmp_path / source), str(tmp_path / target), *options)
-        assert ran.returncode == 0, ran.stderr
+        ran = told("convert", str(tmp_path / source), str(tmp_path / target), *options)
+        assert ran.exit_code == 0, ran.stderr
     assert len(list((tmp_path / "t").glob("zero_pp_rank_?_mp_rank_??_model_states.pt"))) == 4
-    shown = growmerge("inspect", str(tmp_path / "t"), "--check", COLUMNS="120").stdout
+    shown = told("inspect", str(tmp_path / "t"), "--check", env={"COLUMNS": "120"}).stdout
     assert "zero3_tp" in shown
     assert "2 data-parallel x 2 tensor-parallel" in shown
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
@@ -98,8 +103,8 @@ def test_there_and_back_gives_the_same_bytes(model, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     other = ("convert", str(tmp_path / "u"), str(tmp_path / "t"), "--format", "zero3", "--dp", "2", "--tp")
-    assert growmerge(*other, "2").stdout.startswith("nothing to do")
-    assert "holds another checkpoint (made by convert); choose another folder" in growmerge(*other, "1").stderr
+    assert told(*other, "2").stdout.startswith("nothing to do")
+    assert "holds another checkpoint (made by convert); choose another folder" in told(*other, "1").stderr
 
 
 def test_killed_half_way_it_goes_on_with_what_is_missing(model, tmp_path):
@@ -112,14 +117,14 @@ def test_killed_half_way_it_goes_on_with_what_is_missing(model, tmp_path):
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert growmerge("inspect", str(tmp_path / "big")).returncode == 2  # it does not look like a checkpoint
+    assert told("inspect", str(tmp_path / "big")).exit_code == 2  # it does not look like a checkpoint
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "big").glob("model-0000[12]*")}
     assert len(kept) == 2
     ended = growmerge(*arguments)
     assert ended.returncode == 0, ended.stderr
     assert {name: (tmp_path / "big" / name).stat().st_mtime_ns for name in kept} == kept
-    whole = growmerge("grow", str(model), str(tmp_path / "other"), *arguments[3:-1], "1")
-    assert whole.returncode == 0, whole.stderr
+    whole = told("grow", str(model), str(tmp_path / "other"), *arguments[3:-1], "1")
+    assert whole.exit_code == 0, whole.stderr
     for path in (tmp_path / "other").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "big" / path.name).read_bytes(), path.name
     assert not list((tmp_path / "big").glob(".*"))
@@ -152,7 +157,7 @@ def test_a_mistake_is_one_line(model, tmp_path, monkeypatch, arguments, line):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    found = CliRunner().invoke(main, arguments)
+    found = told(*arguments)
     assert found.exit_code == 2
     assert found.stderr.count("\n") == 1
     assert fnmatch(found.stderr.strip().replace("[", "("), f"growmerge: {line}"), found.stderr
@@ -171,9 +176,9 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(model, tmp_path):
         assert full.returncode == 2
         assert full.stderr.count("\n") == 1
         assert "no space left" in full.stderr
-        assert growmerge("inspect", str(disk / "big")).returncode == 2
+        assert told("inspect", str(disk / "big")).exit_code == 2
         subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
-        assert growmerge("grow", str(model), str(disk / "big"), "--width", "2").returncode == 0
+        assert told("grow", str(model), str(disk / "big"), "--width", "2").exit_code == 0
         source = open_checkpoint(disk / "big")
         assert read_tensor(source, "model.norm.weight").shape == (64,)
     finally:
@@ -191,19 +196,19 @@ def test_a_nan_is_refused_where_asked(model, tmp_path):
         ["convert", str(model), str(tmp_path / "to"), "--finite", "--format", "zero3", "--dp", "2"],
         ["grow", str(model), str(tmp_path / "to"), "--finite", "--width", "2"],
     ):
-        found = CliRunner().invoke(main, arguments)
+        found = told(*arguments)
         assert (found.exit_code, found.stderr) == (2, line), arguments
         assert not (tmp_path / "to").exists()
-    assert CliRunner().invoke(main, ["convert", str(model), str(tmp_path / "to")]).exit_code == 0
-    again = CliRunner().invoke(main, ["convert", str(model), str(tmp_path / "to"), "--finite"])
+    assert told("convert", str(model), str(tmp_path / "to")).exit_code == 0
+    again = told("convert", str(model), str(tmp_path / "to"), "--finite")
     assert (again.exit_code, again.stderr) == (2, line.replace(str(model), str(tmp_path / "to")))
 
 
 @pytest.mark.parametrize(("free", "gradients"), [(10**12, True), (10**5, False)])
 def test_models_that_do_not_fit_are_read_a_module_at_a_time(model, tmp_path, monkeypatch, free, gradients):
-    assert CliRunner().invoke(main, ["grow", str(model), str(tmp_path / "big"), "--width", "2"]).exit_code == 0
+    assert told("grow", str(model), str(tmp_path / "big"), "--width", "2").exit_code == 0
     monkeypatch.setattr("growmerge.verify.available_memory", lambda: free)
-    shown = CliRunner().invoke(main, ["verify", str(model), str(tmp_path / "big"), "--json"])
+    shown = told("verify", str(model), str(tmp_path / "big"), "--json")
     assert shown.exit_code == 0, shown.output
     found = json.loads(shown.stdout)
     assert found["preserved"] is True

@@ -7,11 +7,12 @@ import pytest
 from growmerge.events import EventLog
 from growmerge.on_cluster import NO_WORD, Entry, Submission, Unit, packs, ran, under_way, why
 from growmerge.schema import Resources
+from growmerge.status import with_those_that_need_it
 
 
 def submission(units, **resources):
     made = {
-        name: Unit(verb=verb, together=verb == "evaluate", after=after, result=Path(name))
+        name: Unit(verb=verb, together=verb == "evaluate", after=after, result=Path(name), key=name)
         for name, (verb, after) in units.items()
     }
     about = {"function": print, "order": lambda names, folder: None, "verb": "run", "file": Path("f")}
@@ -43,7 +44,8 @@ def test_merges_that_wait_for_as_much_share_jobs():
 def entry(folder, ids=("7",), stage="seed"):
     (folder / "0000").mkdir(exist_ok=True, parents=True)
     (folder / "logs").mkdir(exist_ok=True)
-    return Entry(stage=stage, ids=ids, soft=False, user="me", folder=folder / "0000", result=folder / "result")
+    about = {"soft": False, "user": "me", "folder": folder / "0000", "key": stage, "after": ()}
+    return Entry(stage=stage, ids=ids, result=folder / "result", **about)
 
 
 def test_of_a_job_and_its_successors_the_one_that_runs_counts(tmp_path, monkeypatch):
@@ -104,3 +106,16 @@ def test_what_a_job_has_said_of_a_stage_goes_before_its_log(tmp_path):
     log.write({"event": "needs", "stage": "swe", "text": "it needs seed, which has failed"})
     assert why(one) == "text.txt: not UTF-8"
     assert ran(one) and not ran(other)
+
+
+def test_what_needs_a_cancelled_stage_is_cancelled_with_it():
+    def one(stage, ids, *after):
+        about = {"soft": False, "user": "me", "folder": Path(), "result": Path(), "key": stage}
+        return Entry(stage=stage, ids=ids, after=after, **about)
+
+    entries = {"seed": one("seed", ("1",)), "swe": one("swe", ("2",), "seed"), "est": one("est", ("3",), "seed")}
+    entries |= {"both": one("both", ("4",), "swe", "est"), "twice": one("twice", ("4",), "est")}
+    entries |= {"evaluate/twice": one("evaluate/twice", ("5",), "twice")}
+    assert with_those_that_need_it(["swe"], entries) == {"swe", "both", "twice", "evaluate/twice"}
+    assert with_those_that_need_it(["evaluate/twice"], entries) == {"evaluate/twice"}
+    assert with_those_that_need_it([], entries) == {*entries}

@@ -74,23 +74,25 @@ def script(tmp_path):
     logs.mkdir()
     bin_.mkdir()
     commands = {
-        "scontrol": 'echo "$@" >> "$0.asked"',
+        "scontrol": '[ "$1" = --oneliner ] && echo " Features=$FEATURE ExcNodeList=$LEFT_OUT " || echo $@ >> $0.asked',
         "squeue": "echo $STATE",
-        "sinfo": "printf 'n1\\nn2\\nn3\\n'",
+        "sinfo": "printf 'n1 ,a,big,\\nn2 ,a,\\nn3 ,a,\\n'",
         "sleep": "exit 0",
     }
     for name, line in commands.items():
         (bin_ / name).write_text(f"#!/bin/sh\n{line}\n")
         (bin_ / name).chmod(0o755)
 
-    def run(code, job="7", state="RUNNING", nodes="n[1-2]", said="", **changes):
+    def run(code, job="7", state="RUNNING", nodes="n[1-2]", said="", feature="(null)", left_out="(null)", **changes):
         (bin_ / "scontrol.asked").unlink(missing_ok=True)
         what = parameters(planned(failures=tmp_path / "failed tries", **changes).job, logs)
-        lines = [*what["setup"], f'printf %s "{said}" >> "$log"', f"(exit {code})", *what["teardown"]]
+        lines = [*what["setup"], f'printf %s "{said}" >> "$gm_log"', f"(exit {code})", *what["teardown"]]
         count = "2" if "[" in nodes else "1"
         environment = {
             "PATH": f"{bin_}:/usr/bin:/bin",
             "STATE": state,
+            "FEATURE": feature,
+            "LEFT_OUT": left_out,
             "SLURM_JOB_ID": "7" if "_" in job else job,
             "SLURM_JOB_NODELIST": nodes,
             "SLURM_JOB_NUM_NODES": count,
@@ -138,6 +140,11 @@ def test_a_node_that_jobs_fail_on_is_left_out(script):
     # What stood in the log before does not count; of a job of one node that node does.
     assert script(1, "7", said="Traceback\n") == (75, ["requeue 7"])
     assert script(1, "8", nodes="n2") == (75, ["requeue 8", "update JobId=8 ExcNodeList=n2"])
+    # With what it leaves out anyway; among nodes of the kind that it asks for, if that can be told.
+    assert script(1, "18", nodes="n2", left_out="n7")[1] == ["requeue 18", "update JobId=18 ExcNodeList=n7,n2"]
+    assert script(1, "19", nodes="n2", feature="big")[1] == ["requeue 19", "update JobId=19 ExcNodeList=n2"]
+    assert script(1, "20", nodes="n2", feature="huge")[1] == ["requeue 20"]
+    assert script(1, "21", nodes="n2", feature="a&big")[1] == ["requeue 21"]
     # While enough others are up.
     script(1, "8", nodes="n3")
     assert script(1, "8", nodes="n3") == (75, ["requeue 8", "update JobId=8 ExcNodeList=n2,n3"])
@@ -171,6 +178,23 @@ def test_successors_wait_for_a_failure_and_what_needs_them_for_any_end(tmp_path)
         "report": ["afterok:@merge"],
     }
     assert "#SBATCH --no-requeue" in found["seed",]
+
+
+def test_being_out_of_time_counts_but_is_not_the_nodes_fault(script, tmp_path):
+    for _ in range(4):
+        ended, asked = script(74, nodes="n2")
+    assert (ended, asked) == (74, [])
+    assert not (tmp_path / "failed tries" / "nodes").exists()
+
+
+def test_a_sites_own_set_e_does_not_skip_the_end(script):
+    assert script(75, setup=("set -eu",)) == (75, ["requeue 7"])
+
+
+@pytest.mark.parametrize("options", [{"comment": "a\ntouch /tmp/x #"}, {"comment=x\n": "y"}, {"a b": 1}])
+def test_an_option_cannot_begin_a_command(options):
+    with pytest.raises(InputError, match="is no option of sbatch"):
+        parameters(planned(slurm=options).job, Path())
 
 
 def test_ranks_that_nodes_cannot_share_are_one_line():

@@ -87,43 +87,65 @@ MESHES = {
 }
 
 
+SOME = (
+    *("zero 0", "zero 1", "zero 2, two passes", "zero 3, offload", "tp, norms of heads"),
+    *("tp untied, recompute, logits in chunks", "sp", "pp untied, two passes"),
+)
+"""Each stage, axis and option once."""
+OTHERS = tuple(name for name in MESHES if name not in SOME)
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """By ranks: what each variant trained to. Four ranks have each axis beside two data ranks."""
+def alone(tmp_path_factory):
+    """What one rank trained to."""
+    folder = tmp_path_factory.mktemp("one")
     one = {"tied": ({"zero": 0}, {}), "untied": ({"zero": 0}, UNTIED), "norms of heads": ({"zero": 0}, QWEN3)}
-    one_folder, four_folder = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("four")
-    return {
-        1: on_ranks(one_folder, 1, losses, one, str(one_folder))[0],
-        4: on_ranks(four_folder, 4, losses, MESHES, str(four_folder))[0],
-    }
+    return on_ranks(folder, 1, losses, one, str(folder))[0]
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_a_mesh_trains_as_one_rank_does(found, name):
-    reference = found[1][next((kind for kind in ("untied", "norms of heads") if kind in name), "tied")]
+@pytest.fixture(scope="module")
+def found(request, tmp_path_factory):
+    """What variants trained to on four ranks, where each axis has two data ranks beside it."""
+    folder = tmp_path_factory.mktemp("four")
+    return on_ranks(folder, 4, losses, {name: MESHES[name] for name in request.param}, str(folder))[0]
+
+
+on_four_ranks = pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        *(pytest.param(SOME, name, id=name) for name in SOME),
+        *(pytest.param(OTHERS, name, id=name, marks=pytest.mark.slow) for name in OTHERS),
+    ],
+    indirect=["found"],
+)
+
+
+@on_four_ranks
+def test_a_mesh_trains_as_one_rank_does(alone, found, name):
+    reference = alone[next((kind for kind in ("untied", "norms of heads") if kind in name), "tied")]
     for (loss, norm, squares), (expected, expected_norm, expected_squares) in zip(
-        found[4][name][:-1], reference[:-1], strict=True
+        found[name][:-1], reference[:-1], strict=True
     ):
         assert loss == pytest.approx(expected, rel=1e-4)
         assert norm == pytest.approx(expected_norm, rel=1e-3)
         assert squares == pytest.approx(expected_squares, rel=1e-2, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@on_four_ranks
 def test_a_save_takes_the_bytes_that_it_asks_the_disk_for(found, name):
-    asked, saved = found[4][name][-1]
+    asked, saved = found[name][-1]
     tensors = asked - 4 * 2**20  # a megabyte a rank is for what is beside them
     assert 0.5 * saved < tensors < saved
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_gradient_norms_by_tensor_are_those_of_autograd(found, name):
+def test_gradient_norms_by_tensor_are_those_of_autograd(alone, name):
     model = load_model(ScratchSource(config=tiny_config(**(UNTIED if name == "untied" else {})), seed=1))
     ids = torch.randint(0, 131, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     logits = model(input_ids=ids[:, :-1]).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     expected = {key: float(parameter.grad.double().square().sum()) for key, parameter in model.named_parameters()}
-    _, norm, squares = found[1][name][0]
+    _, norm, squares = alone[name][0]
     assert squares == pytest.approx(expected, rel=1e-4)
     assert norm == pytest.approx(sum(expected.values()) ** 0.5, rel=1e-5)
 
