@@ -16,8 +16,6 @@ from daemons import Unavailable, install, until
 
 from slurm.executor import task_environment
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def submit(cluster, tmp_path):
@@ -46,6 +44,7 @@ def output(tmp_path):
     return read
 
 
+@pytest.mark.slow
 def test_tasks_know_their_rank_and_node(cluster, submit, output):
     job = submit("srun sh -c 'echo $SLURM_PROCID $SLURMD_NODENAME'", "--nodes=2", "--ntasks=2", "--job-name=two nodes")
     done = cluster.wait(job, "COMPLETED")
@@ -55,12 +54,14 @@ def test_tasks_know_their_rank_and_node(cluster, submit, output):
     assert len(done.nodes) == 2
 
 
+@pytest.mark.slow
 def test_the_tasks_of_an_array_are_jobs(cluster, submit):
     job = submit("exit $SLURM_ARRAY_TASK_ID", "--array=0-1")
     assert cluster.wait(f"{job}_0", {"COMPLETED", "FAILED"}).state == "COMPLETED"
     assert cluster.wait(f"{job}_1", {"COMPLETED", "FAILED"}).state == "FAILED"
 
 
+@pytest.mark.slow
 def test_an_urgent_job_sends_another_back_to_the_queue(cluster, submit, output):
     job = submit("echo run ${SLURM_RESTART_COUNT:-0}; sleep 100")
     until("its first line", lambda: output(job) == "run 0\n", 20)
@@ -70,6 +71,7 @@ def test_an_urgent_job_sends_another_back_to_the_queue(cluster, submit, output):
     until("its second line", lambda: "run 1" in output(job), 10)
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_in_its_grace_time_is_not_requeued(cluster, submit, output):
     command = "trap 'echo saved; exit 0' USR2; echo ready; sleep 100 & wait"
     job = submit(command, "--partition=grace", "--signal=B:USR2@30")
@@ -79,6 +81,7 @@ def test_a_job_that_ends_in_its_grace_time_is_not_requeued(cluster, submit, outp
     assert "saved\n" in output(job)
 
 
+@pytest.mark.slow
 def test_a_job_outlives_its_controller(cluster, submit):
     done = submit("true")
     cluster.wait(done, "COMPLETED")
@@ -105,6 +108,7 @@ def test_the_job_of_a_killed_node_starts_again_elsewhere(cluster, submit, output
     assert cluster.node_states()[node] == "idle"
 
 
+@pytest.mark.slow
 def test_submitit_runs_a_function_on_two_nodes(cluster, submit, tmp_path, monkeypatch):
     for name, value in (cluster.environment | {"PYTHONSAFEPATH": "1"}).items():
         monkeypatch.setenv(name, value)
@@ -121,6 +125,7 @@ def test_accounting_remembers_jobs(accounting_cluster):
     until("accounting", lambda: accounting_cluster.run(sacct).stdout.split() == [job, "COMPLETED"], 20)
 
 
+@pytest.mark.slow
 def test_a_cluster_whose_process_was_killed_is_stopped_by_the_next_one(cluster):
     code = f"import sys; sys.path.insert(0, {str(Path(module.__file__).parent)!r}); from cluster import Cluster\n"
     code += "with Cluster(nodes=1) as cluster: print(cluster.folder, flush=True); input()"
@@ -139,6 +144,7 @@ def test_a_cluster_whose_process_was_killed_is_stopped_by_the_next_one(cluster):
     assert len(cluster.node_states()) == 4
 
 
+@pytest.mark.slow
 def test_the_command_stops_its_cluster_at_ctrl_c():
     command = [sys.executable, module.__file__, "run", "--nodes=1"]
     # What a shell starts in the background ignores SIGINT, and so does all that it starts.

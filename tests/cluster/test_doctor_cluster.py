@@ -13,7 +13,6 @@ sys.path.append(str(Path(__file__).parents[1] / "growmerge"))
 
 from toy import command, growmerge
 
-pytestmark = pytest.mark.slow
 PROFILE = """
 description: the virtual cluster of the tests
 tested: here
@@ -58,6 +57,7 @@ def test_a_cluster_that_is_fit(examine):
     assert "clock within" in checks["clock"]["seen"]
 
 
+@pytest.mark.slow
 def test_a_partition_that_does_not_exist_is_the_schedulers_words(examine):
     code, checks = examine(profile=PROFILE.replace("mem-per-cpu: 1000", "partition: nowhere"))
     assert code == 1
@@ -66,12 +66,14 @@ def test_a_partition_that_does_not_exist_is_the_schedulers_words(examine):
     assert "nodes were not looked at" in checks["nodes"]["seen"]
 
 
+@pytest.mark.slow
 def test_a_job_that_the_scheduler_rejects_is_not_submitted(examine):
     code, checks = examine("--nodes", "5")
     assert code == 1 and checks["submission"]["state"] == "failed"
     assert "node configuration is not available" in checks["submission"]["seen"]
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_start_is_cancelled(examine, cluster):
     profile = PROFILE.replace("mem-per-cpu: 1000", "begin: now+1hour")
     code, checks = examine("--wait", "1", profile=profile)
@@ -79,6 +81,7 @@ def test_a_job_that_does_not_start_is_cancelled(examine, cluster):
     assert {job.state for job in cluster.jobs() if job.name == "growmerge/doctor"} <= {"CANCELLED", "COMPLETED"}
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_reach_one_another(examine):
     code, checks = examine(profile=PROFILE.replace("GLOO_SOCKET_IFNAME: lo", "GLOO_SOCKET_IFNAME: nowhere"))
     assert code == 1 and states(checks).keys() >= {"bandwidth"}
@@ -86,6 +89,7 @@ def test_ranks_that_cannot_reach_one_another(examine):
     assert checks["shared workdir"]["state"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_workdir_that_nodes_do_not_share(cluster, tmp_path):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
         pytest.skip("only root may have mounts of its own")

@@ -19,7 +19,6 @@ from toy import PIPELINE, command, growmerge, numbers, write_toy
 
 from train.tracker import read_metrics
 
-pytestmark = pytest.mark.slow
 SMALL = (
     PIPELINE[: PIPELINE.index("stages:")]
     + """\
@@ -123,6 +122,7 @@ def test_a_pipeline_over_two_nodes_ends_with_the_numbers_of_one_machine(local, f
     assert [path for path, mode in modes.items() if not mode & 0o020] == []
 
 
+@pytest.mark.slow
 def test_what_needs_a_failed_stage_never_starts_and_the_rest_goes_on(local, folder, environment, cluster):
     workdir, model = folder / "failing", folder / "given"
     shutil.copytree(next(local.glob("stages/seed/*/model")), model)
@@ -146,6 +146,7 @@ def test_what_needs_a_failed_stage_never_starts_and_the_rest_goes_on(local, fold
     assert losses(workdir, "swe") == losses(local, "swe")
 
 
+@pytest.mark.slow
 def test_who_submitted_may_leave_and_watch_again(local, folder, environment, cluster):
     workdir = folder / "left"
     process = start(write(folder), workdir, environment)

@@ -12,8 +12,6 @@ from daemons import until
 from runs import EVERY, PROFILE, STEPS, Run, losses, prepare, weights, write
 from toy import command
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -64,7 +62,7 @@ def preempt(cluster):
     return cluster.run(["sbatch", "--parsable", *options]).stdout.strip()
 
 
-@pytest.mark.parametrize("partition", ["main", "grace"])
+@pytest.mark.parametrize("partition", [pytest.param("main", marks=pytest.mark.slow), "grace"])
 def test_preempted_it_saves_and_goes_on(home, whole, cluster, tidy, partition):
     # `main` sends its signals together and kills after KillWait; `grace` gives a while.
     profile = PROFILE.replace("slurm: {", f"slurm: {{partition: {partition}, ")
@@ -80,6 +78,7 @@ def test_preempted_it_saves_and_goes_on(home, whole, cluster, tidy, partition):
     is_the_same(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", ["requeued", "killed"])
 def test_without_a_word_beforehand_it_goes_on_from_the_last_checkpoint(home, whole, cluster, tidy, blow):
     run = Run(write(home, blow), cluster.environment)
@@ -94,6 +93,7 @@ def test_without_a_word_beforehand_it_goes_on_from_the_last_checkpoint(home, who
     is_the_same(run, whole)
 
 
+@pytest.mark.slow
 def test_out_of_time_it_saves_and_goes_on(home, whole, cluster, tidy):
     slow = PROFILE.replace("step/:0.4", "step/:1.5")
     run = Run(write(home, "timed", profile=slow, minutes=1, lead_seconds=20), cluster.environment)
@@ -104,6 +104,7 @@ def test_out_of_time_it_saves_and_goes_on(home, whole, cluster, tidy):
     is_the_same(run, whole)
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(home, whole, cluster, tidy):
     run = Run(write(home, "dead-node"), cluster.environment)
     run.until_step(EVERY + 3)
@@ -116,6 +117,7 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(home, whole,
     is_the_same(run, whole)
 
 
+@pytest.mark.slow
 def test_a_controller_that_starts_again_costs_nothing(home, whole, cluster, tidy):
     run = Run(write(home, "controller"), cluster.environment)
     run.until_step(3)
@@ -125,6 +127,7 @@ def test_a_controller_that_starts_again_costs_nothing(home, whole, cluster, tidy
     is_the_same(run, whole)
 
 
+@pytest.mark.slow
 def test_a_node_on_which_ranks_die_is_left_out(home, whole, cluster, tidy):
     # On n1 no Python starts.
     python = home / "python"
@@ -137,6 +140,7 @@ def test_a_node_on_which_ranks_die_is_left_out(home, whole, cluster, tidy):
     is_the_same(run, whole)
 
 
+@pytest.mark.slow
 def test_where_requeuing_is_not_allowed_successors_go_on(home, whole, cluster, tidy):
     run = Run(write(home, "chain", profile=PROFILE + "requeue: false\nsuccessors: 2\n"), cluster.environment)
     run.until_step(3)
@@ -150,6 +154,7 @@ def test_where_requeuing_is_not_allowed_successors_go_on(home, whole, cluster, t
     until("no job left", lambda: not [job for job in cluster.jobs() if job.state in ("PENDING", "RUNNING")], 30)
 
 
+@pytest.mark.slow
 def test_it_goes_on_over_other_nodes_and_another_mesh(home, whole, cluster, tidy):
     path = write(home, "meshes", training="  tp: 2\n", ranks=4, nodes=2)
     run = Run(path, cluster.environment)
@@ -167,6 +172,7 @@ def test_it_goes_on_over_other_nodes_and_another_mesh(home, whole, cluster, tidy
     assert losses(again.folder) == pytest.approx(losses(whole), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_layers_over_two_nodes(home, whole, cluster, tidy):
     run = Run(write(home, "layers", training="  zero: 1\n  pp: 2\n", ranks=4, nodes=2), cluster.environment)
     run.end()
