@@ -151,6 +151,23 @@ def refuse_changed(submission: Submission, todo: Sequence[str]) -> dict[str, Que
     return running
 
 
+def refuse_here(workdir: Path) -> None:
+    """Refuse to work on this machine in what a cluster works in.
+
+    Raises:
+        InputError: a job from this workdir is under way, as far as the scheduler can be asked.
+    """
+    try:
+        running = under_way(submitted(workdir))
+    except InputError:
+        return
+    if running:
+        raise InputError(
+            f"{workdir}: the job of {next(iter(running))} is under way on a cluster: watch it there, or "
+            f"`growmerge cancel {workdir}` first"
+        )
+
+
 def under_way(entries: Mapping[str, Entry]) -> dict[str, Queued]:
     """Return what the scheduler says of the jobs that have not ended, by stage."""
     answers: dict[str, Queued] = {}

@@ -136,6 +136,7 @@ def run_pipeline(
     todo = [name for name, task in plan.tasks.items() if not task.done]
     if not todo:
         return _finished(plan, [])
+    from growmerge.on_cluster import refuse_here, submit, watch
     from growmerge.on_machine import queue_of, run_stages
     from growmerge.show import Show
     from growmerge.worker import JOB_LEASE
@@ -154,42 +155,26 @@ def run_pipeline(
         wait_for_orphans(plan.workdir / JOB_LEASE)
         # Another run may have done some of it between the look above and the lease.
         todo = [name for name, task in plan.tasks.items() if not task.done]
+        if kind == "local":
+            refuse_here(plan.workdir)
         with Show(_weights(plan, todo), EventLog(plan.workdir / "log.jsonl")) as show:
             for name in [name for name in todo if plan.tasks[name].verb in HERE]:
                 _do_here(plan, name, show, began)
             left = [name for name in todo if plan.tasks[name].verb not in HERE]
             if kind == "slurm":
-                from growmerge.on_cluster import submit
-
                 submit(submission(plan, path, began), left, show, lambda name: plan.tasks[name].done)
-            elif (busy := _on_a_cluster(plan.workdir)) is not None:
-                raise InputError(f"{plan.workdir}: {busy} on a cluster: watch it there, or `growmerge cancel` it first")
             elif (failed := run_stages(plan, left, show, began)) is not None:
                 show.say(failed)
                 return 1
     if kind == "slurm":  # watched without the lease: others may watch as well
         if detach:
             return 0
-        from growmerge.on_cluster import watch
-
         with Show(_weights(plan, left), EventLog(Path(os.devnull)), requeues=True) as show:
             failed = watch(submission(plan, path, began), left, show, lambda name: plan.tasks[name].done)
             if failed is not None:
                 show.say(failed)
                 return 1
     return _finished(plan, todo)
-
-
-def _on_a_cluster(workdir: Path) -> str | None:
-    """Return what of this workdir is under way on a cluster, if something is and the scheduler can be asked."""
-    from growmerge.on_cluster import submitted, under_way
-
-    entries = submitted(workdir)
-    try:
-        running = under_way(entries)
-    except InputError:
-        return None
-    return f"the job of {next(iter(running))} is under way" if running else None
 
 
 def _weights(plan: Plan, todo: list[str]) -> dict[str, float]:

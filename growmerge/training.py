@@ -273,10 +273,12 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, path: Path)
     """Start the ranks as a job and follow it."""
     from growmerge.events import EventLog
     from growmerge.jobs import run_job
+    from growmerge.on_cluster import refuse_here
     from growmerge.show import Show
     from slurm.executor import Job
     from slurm.lease import Lease, this_process
 
+    refuse_here(folder)
     resources = config.resources
     threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.ranks)
     _begin(folder, key)

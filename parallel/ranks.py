@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -81,6 +83,8 @@ def device() -> torch.device:
 
 PATIENCE = timedelta(days=7)
 """How long ranks wait for one that merges or checks a large model alone; a dead one shows by its closed connection."""
+MEETING = timedelta(minutes=10)
+"""How long they wait for one another at their start: a name or a network that does not work would hold all nodes."""
 ALONE = Ranks(rank=0, world_size=1)
 
 
@@ -90,6 +94,9 @@ def connect(rank: int, world_size: int, *, rendezvous: Path | None = None) -> Ra
     Args:
         rendezvous: a file that does not exist yet, on which processes of one machine meet (no port to collide on);
             without it MASTER_ADDR and MASTER_PORT are used, as a cluster's launcher sets them.
+
+    Raises:
+        InputError: the ranks do not meet within MEETING.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -100,5 +107,15 @@ def connect(rank: int, world_size: int, *, rendezvous: Path | None = None) -> Ra
         store = dist.FileStore(str(rendezvous), world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     else:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=PATIENCE)
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=MEETING))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise InputError(f"rank {rank} of {world_size} meets nobody at {place}: {_first_line(error)}") from error
+        store.set_timeout(PATIENCE)
     return Ranks(rank=rank, world_size=world_size)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -161,6 +161,8 @@ def test_it_goes_on_over_other_nodes_and_another_mesh(home, whole, cluster, tidy
     run.until_step(EVERY + 1)
     row = run.status()
     assert (row["state"], row["restarts"]) == ("running", 0)
+    here = run.start("train", path.name, "--executor", "local")
+    assert "the job of meshes is under way on a cluster" in here.communicate(timeout=60)[1]
     assert "1 jobs cancelled" in run.say("cancel", str(run.folder))
     assert "its job" in run.end(1)
     assert run.status()["state"] == "failed"

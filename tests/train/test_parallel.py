@@ -1,5 +1,6 @@
 """Every mesh and stage trains the same tiny model to the same losses as one rank; meshes that cannot be are refused."""
 
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -104,27 +105,31 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(request, tmp_path_factory):
-    """What variants trained to on four ranks, where each axis has two data ranks beside it."""
-    folder = tmp_path_factory.mktemp("four")
-    return on_ranks(folder, 4, losses, {name: MESHES[name] for name in request.param}, str(folder))[0]
+def found(tmp_path_factory):
+    """What variants train to, together, on four ranks, where each axis has two data ranks beside it."""
+
+    @cache
+    def train(names):
+        folder = tmp_path_factory.mktemp("four")
+        return on_ranks(folder, 4, losses, {name: MESHES[name] for name in names}, str(folder))[0]
+
+    return train
 
 
 on_four_ranks = pytest.mark.parametrize(
-    ("found", "name"),
+    ("names", "name"),
     [
         *(pytest.param(SOME, name, id=name) for name in SOME),
         *(pytest.param(OTHERS, name, id=name, marks=pytest.mark.slow) for name in OTHERS),
     ],
-    indirect=["found"],
 )
 
 
 @on_four_ranks
-def test_a_mesh_trains_as_one_rank_does(alone, found, name):
+def test_a_mesh_trains_as_one_rank_does(alone, found, names, name):
     reference = alone[next((kind for kind in ("untied", "norms of heads") if kind in name), "tied")]
     for (loss, norm, squares), (expected, expected_norm, expected_squares) in zip(
-        found[name][:-1], reference[:-1], strict=True
+        found(names)[name][:-1], reference[:-1], strict=True
     ):
         assert loss == pytest.approx(expected, rel=1e-4)
         assert norm == pytest.approx(expected_norm, rel=1e-3)
@@ -132,8 +137,8 @@ def test_a_mesh_trains_as_one_rank_does(alone, found, name):
 
 
 @on_four_ranks
-def test_a_save_takes_the_bytes_that_it_asks_the_disk_for(found, name):
-    asked, saved = found[name][-1]
+def test_a_save_takes_the_bytes_that_it_asks_the_disk_for(found, names, name):
+    asked, saved = found(names)[name][-1]
     tensors = asked - 4 * 2**20  # a megabyte a rank is for what is beside them
     assert 0.5 * saved < tensors < saved
 
