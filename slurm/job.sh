@@ -66,7 +66,7 @@ gm_bad_nodes() {
     gm_about=$(scontrol --oneliner show job "$gm_job")
     gm_feature=$(echo "$gm_about" | sed -n 's/.* Features=\([^ ]*\).*/\1/p')
     case "$gm_feature" in "(null)") gm_feature= ;; *[!A-Za-z0-9_.-]*) return ;; esac # who has a mix of them is not known
-    gm_up=$(sinfo --all --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mix,alloc,comp \
+    gm_up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mix,alloc,comp \
         --format="%N ,%f," | grep -F ",$gm_feature" | cut -d " " -f 1 | sort -u)
     [ "$(echo "$gm_up" | grep . | grep -cvxF "$gm_bad")" -ge "$SLURM_JOB_NUM_NODES" ] || return
     gm_before=$(echo "$gm_about" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
