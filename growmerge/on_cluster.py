@@ -34,7 +34,8 @@ PACKED = ("merge", "evaluate")
 """Verbs of which several may share a job, where the file says so."""
 ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt|Exit)\b")
 """How the last line of a traceback begins."""
-SCHEDULER = re.compile(r"(srun|slurmstepd): error: ")
+SCHEDULER = re.compile(r"(srun|slurmstepd\S*): error: (?!.*: Terminated$)")
+"""What SLURM says of an end; of ranks that it ended because of another it says that they were terminated."""
 CODE = "code"
 """Folder of a submission that holds the packages as they were."""
 

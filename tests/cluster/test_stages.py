@@ -165,7 +165,10 @@ def test_who_submitted_may_leave_and_watch_again(local, folder, environment, clu
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
-        ("slurm: {partition: nowhere}", "the scheduler rejects tokens: sbatch: error: invalid partition"),
+        (
+            "slurm: {partition: nowhere}",
+            "the scheduler rejects tokens: sbatch: error: Batch job submission failed: Invalid partition name",
+        ),
         ("threads: 9", "1 nodes of 9 cores are asked for; the partition has 4 nodes of 2 cores and 0 GPUs"),
         ("gpus: 4", "2 nodes of 1 cores and 4 GPUs are asked for; the partition has 4 nodes of 2 cores and 0 GPUs"),
     ],
