@@ -60,8 +60,8 @@ SMALL = {**MODEL, "num_hidden_layers": 2, "vocab_size": 4096}
 
 
 def test_memory_is_that_of_a_running_engine(tmp_path):
-    cases = {"2": {"zero": 2}, "3, long": {"micro_batch": 2, "sequence_length": 128}}
-    compare(tmp_path, 1, cases, SMALL)
+    """The peak is at the gradients' reduction and at the update: few tokens do, as bfloat16 is slow on CPUs."""
+    compare(tmp_path, 1, {"2": {"zero": 2, "sequence_length": 16}, "3": {"sequence_length": 16}}, SMALL)
 
 
 @pytest.mark.slow
