@@ -1,6 +1,7 @@
 """Hundreds of small jobs: few calls of the scheduler, none lost."""
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "growmerge"))
 
 from daemons import until
+from small import merge
 from toy import PIPELINE, growmerge, write_toy
 
 from slurm.executor import Job
@@ -46,11 +48,6 @@ def calls(tmp_path, monkeypatch, cluster):
     return lambda: log.read_text().split()
 
 
-def merge(path):
-    time.sleep(1)
-    path.touch()
-
-
 @pytest.mark.parametrize("many", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_jobs_of_a_second_are_one_array_and_none_is_lost(tmp_path, calls, many):
     jobs = {
@@ -63,6 +60,7 @@ def test_jobs_of_a_second_are_one_array_and_none_is_lost(tmp_path, calls, many):
                 threads=1,
                 minutes=5,
                 slurm={"mem-per-cpu": 500},
+                setup=(f"export PYTHONPATH={shlex.quote(str(Path(__file__).parent))}",),
                 failures=tmp_path / "failures",
             )
         )
