@@ -185,6 +185,7 @@ def test_what_cannot_run_is_one_line(folder, environment, asked, line):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="a mount of its own takes root")
 def test_a_workdir_that_the_nodes_do_not_share_is_one_line(folder, environment, cluster):
     path, place = write(folder), folder / "mine"
