@@ -108,6 +108,7 @@ def until_step(workdir, stage, step, process):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_pipeline_over_two_nodes_ends_with_the_numbers_of_one_machine(local, folder, environment, cluster):
     workdir = folder / "whole"
     process = start(write(folder), workdir, environment)
@@ -165,12 +166,17 @@ def test_who_submitted_may_leave_and_watch_again(local, folder, environment, clu
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
-        (
+        pytest.param(
             "slurm: {partition: nowhere}",
             "the scheduler rejects tokens: sbatch: error: Batch job submission failed: Invalid partition name",
+            marks=pytest.mark.slow,
         ),
-        ("threads: 9", "1 nodes of 9 cores are asked for; the partition has 4 nodes of 2 cores and 0 GPUs"),
         ("gpus: 4", "2 nodes of 1 cores and 4 GPUs are asked for; the partition has 4 nodes of 2 cores and 0 GPUs"),
+        pytest.param(
+            "threads: 9",
+            "1 nodes of 9 cores are asked for; the partition has 4 nodes of 2 cores and 0 GPUs",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_run_is_one_line(folder, environment, asked, line):

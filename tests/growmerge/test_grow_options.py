@@ -56,6 +56,7 @@ def run_stages(ranks, path):
         do(context, tasks[name])
 
 
+@pytest.mark.slow
 def test_growth_with_the_optimizer_goes_on_as_no_growth_does(tmp_path):
     path = write_toy(tmp_path, TEXT)
     on_ranks(tmp_path, 2, run_stages, str(path))

@@ -175,6 +175,7 @@ def first_loss(workdir: Path, model: Path) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_a_pipeline_trains_on_a_long_mixture_with_masked_documents(tmp_path: Path) -> None:
     path = write_toy(tmp_path, RUN)
     done = growmerge("run", str(path), "--workdir", str(tmp_path / "run"), "--executor", "local")

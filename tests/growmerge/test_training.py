@@ -143,6 +143,7 @@ def test_a_run_leaves_a_stock_model_and_a_full_log(whole, home):
     assert about["tokens"] == 12 * 6 * 32
 
 
+@pytest.mark.slow
 def test_a_pipeline_trains_and_scores_as_data_parallel_ranks_do(whole, home):
     path = write(home, "pipelined", pp="2", zero="1", evaluate_every="0")
     code, _, err = run(path)
@@ -217,6 +218,7 @@ def test_ahead_of_its_jobs_end_it_saves_and_stops(whole, home):
     assert losses(home / "runs" / "timed") == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_saves_and_nothing_else(whole, home, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -296,6 +298,7 @@ def test_a_branch_decays_from_the_stable_phase(whole, home):
     assert losses(home / "runs" / "branch") == losses(home / "runs" / "wsd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_alarm_turns_the_run_into_a_branch(home, resumed):
     alarms = {"alarms": "{eng: +0 branch}", "lr": "5", "decay": "4", "skip_sigma": "1000", "evaluate_every": "3"}
@@ -322,6 +325,7 @@ def test_an_alarm_turns_the_run_into_a_branch(home, resumed):
     assert losses(folder) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixtures", [("alone",), pytest.param(("alone", "both"), marks=pytest.mark.slow)])
 def test_forgetting_rings_the_alarm_and_replay_keeps_it_still(whole, home, mixtures):
     """The model knows both languages; trained on one alone it forgets the other."""
@@ -440,6 +444,7 @@ def test_weights_of_another_model_are_one_line(home, whole):
     assert "model.layers.2." in err and "another" in err
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_model_is_one_line(home, whole):
     larger = train_tokenizer(
         [*texts("eng"), *texts("swe"), "xyzzy plugh " * 50], vocab_size=330, folder=home / "larger"

@@ -59,6 +59,7 @@ SMALL = {**MODEL, "num_hidden_layers": 2, "vocab_size": 4096}
 """9 million parameters."""
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_running_engine(tmp_path):
     """The peak is at the gradients' reduction and at the update: few tokens do, as bfloat16 is slow on CPUs."""
     compare(tmp_path, 1, {"2": {"zero": 2, "sequence_length": 16}, "3": {"sequence_length": 16}}, SMALL)

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 from growmerge.jobs import _failure
+from slurm.local import Running
 from train.signals import time_left
 
 
@@ -21,7 +22,7 @@ def test_a_process_that_stands_still_leaves_its_stacks_and_the_job_names_the_ran
         exception=lambda: RuntimeError(), paths=SimpleNamespace(stderr=log, result_pickle=log), result=lambda: None
     )
     job = SimpleNamespace(num_tasks=2, task=lambda rank: task)
-    line = _failure(job, [])
+    line = _failure(Running(job))
     assert line.startswith("rank 0 failed: no progress for 0:00:00.300000 (stall_minutes); the stacks")
     assert line.endswith(str(log))
 
