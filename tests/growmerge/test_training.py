@@ -208,7 +208,7 @@ def test_without_progress_it_says_so_and_leaves_the_stacks(home, tmp_path):
     assert "most recent call first" in Path(found[1]).read_text()
 
 
-@pytest.mark.slow  # as the first run on the full disk below
+@pytest.mark.slow
 def test_ahead_of_its_jobs_end_it_saves_and_stops(whole, home):
     path = write(home, "timed")
     code, _, err = run(path, SLURM_JOB_END_TIME=str(int(time.time()) + 30))
