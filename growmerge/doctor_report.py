@@ -12,7 +12,7 @@ from typing import Any
 from checkpoint.files import read_json
 from growmerge.doctor_job import PACKAGES, REPORTS, versions
 from growmerge.doctor_login import LOW_BYTES, Finding, size
-from growmerge.on_cluster import ERROR, NO_WORD
+from growmerge.submitted import ERROR, NO_WORD
 from parallel.errors import InputError
 from slurm.profile import OFFLINE, Profile
 

@@ -136,9 +136,10 @@ def run_pipeline(
     todo = [name for name, task in plan.tasks.items() if not task.done]
     if not todo:
         return _finished(plan, [])
-    from growmerge.on_cluster import refuse_here, submit, watch
+    from growmerge.on_cluster import submit, watch
     from growmerge.on_machine import queue_of, run_stages
     from growmerge.show import Show
+    from growmerge.submitted import refuse_here
     from growmerge.worker import JOB_LEASE
     from slurm.executor import choose
     from slurm.lease import Lease

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from checkpoint import manifest
 from growmerge.events import read_events
-from growmerge.on_cluster import NO_WORD, Entry, ran, submitted, under_way, why
+from growmerge.submitted import NO_WORD, SUBMITTED, Entry, ran, submitted, under_way, why
 from parallel.errors import InputError, one_of
 from slurm import graph
 from slurm.lease import Owner, holder
@@ -301,7 +301,6 @@ def again(workdir: Path) -> dict[str, str | None]:
         InputError: nothing was submitted from it.
     """
     from checkpoint.files import read_json
-    from growmerge.on_cluster import SUBMITTED
 
     path = workdir / SUBMITTED
     if not path.is_file():

@@ -273,8 +273,8 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, path: Path)
     """Start the ranks as a job and follow it."""
     from growmerge.events import EventLog
     from growmerge.jobs import run_job
-    from growmerge.on_cluster import refuse_here
     from growmerge.show import Show
+    from growmerge.submitted import refuse_here
     from slurm.executor import Job
     from slurm.lease import Lease, this_process
 
@@ -343,6 +343,7 @@ def work(order: Order) -> str | None:
     rank, world = task_environment()
     patience = STALE + BEAT if order.launcher is None else 0
     lease = Lease(order.folder / JOB_LEASE, "a job of growmerge train", patience=patience)
+    failed: InputError | None = None
     with lease if rank == 0 else nullcontext():
         log = EventLog(order.events) if rank == 0 else None
 
@@ -362,8 +363,9 @@ def work(order: Order) -> str | None:
                 return None  # whoever started it looks into run.json
             with suppress(OSError):  # the disk may be full
                 report({"event": "stopped" if stopped else "error", "text": str(error)})
-            if order.launcher is None:
-                give_up(error, world)
-            return str(error)
-        torch.distributed.destroy_process_group()
-    return None
+            failed = error
+        else:
+            torch.distributed.destroy_process_group()
+    if failed is not None and order.launcher is None:
+        give_up(failed, world)  # once the lease is free: who goes on would wait for it
+    return None if failed is None else str(failed)

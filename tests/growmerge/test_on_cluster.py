@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from growmerge.events import EventLog
-from growmerge.on_cluster import NO_WORD, Entry, Submission, Unit, packs, ran, under_way, why
+from growmerge.on_cluster import Submission, Unit, packs
 from growmerge.schema import Resources
 from growmerge.status import with_those_that_need_it
+from growmerge.submitted import NO_WORD, Entry, ran, under_way, why
 
 
 def submission(units, **resources):

@@ -64,9 +64,9 @@ def test_scripts_are_as_read(scripts, name, profile):
     code, out, err = scripts(profile)
     assert code == 0, err
     golden = HERE / f"scripts-{name}.txt"
-    # To renew: delete the file, run this, and read it.
-    if not golden.exists():
+    if not golden.exists():  # to renew: delete the file, run this, and read what it wrote
         golden.write_text(out)
+        pytest.fail(f"{golden} is new: read it")
     assert out == golden.read_text()
 
 
