@@ -11,8 +11,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from growmerge import rules, rules_data, rules_mixture, rules_pipeline
-from growmerge.document import Item, read_document
 from growmerge.schema import Pipeline, Stage, Training, TrainStage
+from parallel.document import Item, read_document
 from parallel.errors import InputError, one_of
 
 VARIABLE = re.compile(r"\{([^{}]*)\}")
@@ -221,6 +221,8 @@ def _fits(hint: Any, item: Item) -> bool:
 
     YAML 1.1 reads 6e-3 as text, so a number may come as text.
     """
+    if get_origin(hint) is tuple:
+        return isinstance(item.value, tuple)
     if not isinstance(item.value, str):
         mapping = is_dataclass(hint) and isinstance(item.value, dict)
         return mapping and not _hints(cast(type, hint)).keys().isdisjoint(item.value)

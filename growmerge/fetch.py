@@ -6,8 +6,8 @@ from pathlib import Path
 from growmerge import hub
 from growmerge.clusters import profile_of
 from growmerge.config import VARIABLE, load_pipeline
-from growmerge.document import Item, read_document
 from growmerge.grids import grid
+from parallel.document import Item, read_document
 from train.data.packages import default_cache
 from train.data.packages import fetch as fetch_package
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from growmerge.config import VARIABLE, Marks, build_stage
-from growmerge.document import Item
 from growmerge.rules import NAME
 from growmerge.schema import GrowStage, MergeStage, Stage, TrainStage
+from parallel.document import Item
 from parallel.errors import InputError, one_of
 
 Verb = Literal["train", "grow", "merge"]

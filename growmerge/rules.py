@@ -25,7 +25,9 @@ from growmerge.schema import (
     TokenizerConfig,
     Training,
 )
-from parallel.errors import InputError
+from merge.settings import check_count, settings_of
+from merge.table import METHODS
+from parallel.errors import InputError, one_of
 from parallel.mesh import mesh_of
 from upscale.factors import FAINTEST
 
@@ -106,7 +108,6 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         **dict.fromkeys(("width", "hidden", "heads", "kv_heads", "ffn"), FACTOR),
         "noise_db": Range(at_least=0, at_most=FAINTEST),
     },
-    MergeStage: {"density": Range(above=0, at_most=1)},
     Evaluation: {
         "stride": FROM_1,
         "window": FROM_1,
@@ -219,12 +220,26 @@ def stage(stage: Stage) -> Iterator[Problem]:
 def merge(merge: MergeStage) -> Iterator[Problem]:
     if not merge.from_:
         yield "from_", "no models to merge: the list is empty"
-    if merge.method == "ties" and merge.base is None:
-        yield "", "method ties needs `base`, the stage or checkpoint that the models all started from"
+    if METHODS[merge.method].base == "needed" and merge.base is None:
+        yield "", f"method {merge.method} needs `base`, the stage or checkpoint that the models all started from"
     if merge.weights and len(merge.weights) != len(merge.from_):
         yield "weights", f"{len(merge.weights)} weights for {len(merge.from_)} models: give one a model"
-    elif merge.weights and merge.method == "linear" and merge.normalize and abs(sum(merge.weights)) < 1e-12:
-        yield "weights", "the weights add up to 0, and `normalize` divides by their sum"
+    for name in merge.parameters:
+        if name == "weight" or not any(name in method.parameters for method in METHODS.values()):
+            yield f"parameters.{name}", one_of("parameter", name, METHODS[merge.method].parameters.keys() - {"weight"})
+    try:
+        check_count(merge.method, len(merge.from_))
+        settings_of(merge.method, merge_parameters(merge), merge.from_)
+    except InputError as error:
+        first = str(error).split()[0]  # the line begins with the parameter's name
+        yield {"weights": "weights"}.get(first, f"parameters.{first}" if first in merge.parameters else ""), str(error)
+
+
+def merge_parameters(merge: MergeStage) -> dict[str, Any]:
+    """Return the values of a merge's method's parameters that are given, or are not as the method has them."""
+    takes = METHODS[merge.method].parameters
+    given: dict[str, Any] = {"density": 0.5, "weight": list(merge.weights or [1.0] * len(merge.from_))}
+    return {name: value for name, value in {**given, **merge.parameters}.items() if name in takes}
 
 
 def resources(resources: Resources) -> Iterator[Problem]:

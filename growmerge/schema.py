@@ -13,7 +13,29 @@ DecayShape = Literal["linear", "sqrt", "cosine"]
 Dynamics = Literal["preserve", "mup", "free"]
 GrowthMethod = Literal["exact-split", "symmetric", "diagonal"]
 GrownOptimizer = Literal["reset", "scaled", "asymmetric"]
-MergeMethod = Literal["linear", "ties"]
+MergeMethod = Literal[
+    "linear",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "model_stock",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "sce",
+    "ram",
+    "ramplus_tl",
+    "nearswap",
+    "arcee_fusion",
+    "passthrough",
+]
+"""As in merge/table.py."""
 Precision = Literal["float32", "bfloat16"]
 Kernels = Literal["auto", "torch"]
 Documents = Literal["packed", "masked"]
@@ -248,15 +270,12 @@ class MergeStage:
     """Stages or checkpoints to merge, in this order."""
     method: MergeMethod
     base: str | None = None
-    """Stage or checkpoint that they all started from (needed by ties)."""
+    """Stage or checkpoint that they all started from (needed by most methods)."""
     weights: tuple[float, ...] = ()
     """One weight a model; all 1 by default."""
-    density: float = 0.5
-    """ties: share of each task vector that is kept."""
-    scale: float = 1.0
-    """ties: lambda, the factor of the merged task vector."""
-    normalize: bool = True
-    """Divide by the sum of the weights."""
+    parameters: Mapping[str, bool | float | tuple[float, ...]] = field(default_factory=dict)
+    """The method's other parameters, by mergekit's names; a list for those that every model has of its own. `density`
+    is 0.5 by default. What another method takes is ignored, so that a grid of methods can share them."""
 
 
 @dataclass(frozen=True, kw_only=True)

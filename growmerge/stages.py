@@ -186,10 +186,9 @@ def do_merge(context: Context, task: Task) -> None:
             [open_checkpoint(context.model(name)) for name in config["from_"]],
             config["method"],
             base=open_checkpoint(context.model(config["base"])) if config["base"] else None,
-            weights=config["weights"] or None,
-            density=config["density"],
-            scale=config["scale"],
-            normalize=config["normalize"],
+            parameters=config["parameters"],
+            names=config["from_"],
+            seed=config["seed"],
         )
         for note in merged.notes:
             context.report({"event": "note", "stage": task.name, "text": note})

@@ -16,7 +16,8 @@ from growmerge.config import merged_training
 from growmerge.graph import Node
 from growmerge.hub import PREFIX, place
 from growmerge.resolved import corpora_of, resolved
-from growmerge.schema import Corpus, Pipeline, TrainStage
+from growmerge.rules import merge_parameters
+from growmerge.schema import Corpus, MergeStage, Pipeline, TrainStage
 from parallel.errors import InputError
 from train.data.places import opened
 
@@ -26,7 +27,7 @@ VERSIONS = {
     "pairs": 1,
     "train": 1,
     "grow": 2,
-    "merge": 1,
+    "merge": 2,
     "evaluate": 2,
     "baselines": 1,
     "report": 3,
@@ -157,6 +158,9 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
     named = [config["from_"]] if isinstance(config["from_"], str) else list(config["from_"])
     paths = [name for name in [*named, config.get("base")] if name and name not in (*node.inputs, "scratch")]
     config["stamps"] = {path: _path_stamp(path, base) for path in paths}
+    if isinstance(node.stage, MergeStage):
+        config["parameters"] = merge_parameters(node.stage)
+        del config["weights"]
     if isinstance(node.stage, TrainStage):
         config["training"] = _without_added(merged_training(pipeline, node.stage))
         config["mixture"] = resolved(node.stage.data, pipeline.mixtures)

@@ -3,18 +3,21 @@
 Models are read box by box, all together, and computed in float32; nothing is ever held whole.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from checkpoint.memory import infos_of
 from checkpoint.provenance import descend, stems_from
-from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, WithoutState, box_shape, row_major_tiles
-from merge.methods import linear, ties
-from merge.threshold import Cut, find_cuts, trim
+from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, WithoutState, row_major_tiles
+from merge.boxes import RUNNERS
+from merge.reads import Operand, Reads
+from merge.settings import check_count, settings_of
+from merge.stack import Order, Stack, Stats
+from merge.table import METHODS
 from parallel.errors import InputError, one_of
 from parallel.families import Family
 
@@ -23,143 +26,77 @@ SAME = ("num_attention_heads", "hidden_act", "rms_norm_eps", "rope_theta", "rope
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What reading needs to know of a whole tensor first."""
-
-    inner: Sequence[Any]
-    """Each model's own, the base's last."""
-    method: Any
-    """The method's; None if it needs nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class MergedSource:
-    """Models, and how they are merged; made by `merge`."""
+    """Models, and how each tensor is merged from theirs; made by `merge` or by `merge.recipe.apply`."""
 
-    sources: tuple[Source, ...]
-    base: Source | None
+    reads: Reads
     method: str
-    weights: tuple[float, ...]
-    density: float
-    scale: float
-    normalize: bool
-    notes: tuple[str, ...]
+    orders: Mapping[str, Order]
+    """How each tensor is made, by its name; without aliases."""
+    config: Mapping[str, Any]
+    """Of the merged model."""
+    like: Source
+    """What dtypes and groups are taken from: the base, or else the first model."""
+    recipe: Mapping[str, Any]
+    """What was asked for, as provenance says it."""
+    parents: tuple[int, ...]
+    """Numbers of the models that it comes from, the base last."""
+    seed: int = 0
+    """Of methods that draw random numbers."""
+    dtype: torch.dtype | None = None
+    """Of all tensors; by default each has that of the tensors that it is made from."""
+    notes: tuple[str, ...] = ()
     """What the user should know, a line each."""
 
     @property
-    def _like(self) -> Source:
-        """What shapes, config and dtypes are taken from: the base, or else the first model."""
-        return WithoutState(self.sources[0] if self.base is None else self.base)
-
-    @cached_property
-    def _all(self) -> tuple[Source, ...]:
-        return self.sources if self.base is None else (*self.sources, self.base)
-
-    @property
     def family(self) -> Family:
-        return self._like.family
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._like.config
+        return self.like.family
 
     @cached_property
     def infos(self) -> Mapping[str, Info]:
-        return {
-            name: replace(info, slots={slot: dtype for slot, dtype in info.slots.items() if slot == "weight"})
-            for name, info in self._like.infos.items()
-        }
+        infos = {}
+        for name, info in infos_of(self.config, torch.float32).items():
+            if info.tied_to is None:
+                order = self.orders[name]
+                first = order.base or order.operands[0]
+                theirs = self.like.infos.get(name) or self.reads.sources[first.model].infos[first.name]
+                dtype = self.dtype or theirs.slots["weight"]
+                info = replace(info, slots={"weight": dtype}, group=theirs.group, trainable=theirs.trainable)
+            infos[name] = info
+        return infos
 
     @property
     def groups(self) -> Mapping[str, Group]:
-        return self._like.groups
+        return WithoutState(self.like).groups
 
     @property
     def run(self) -> RunState:
-        recipe = {
-            "method": self.method,
-            "weights": list(self.weights),
-            "density": self.density,
-            "scale": self.scale,
-            "normalize": self.normalize,
-        }
-        parents = descend([source.run.provenance for source in self._all])
-        return RunState(provenance={"verb": "merge", "recipe": recipe, **parents})
+        parents = descend([self.reads.sources[number].run.provenance for number in self.parents])
+        return RunState(provenance={"verb": "merge", "recipe": self.recipe, **parents})
 
     def tiles(self, name: str) -> Sequence[Box]:
         return row_major_tiles(self.infos[name].shape)
 
     def collect(self, name: str, spread: Map) -> Stats:
-        inner = [source.collect(name, spread) for source in self._all]
-        collect = METHODS[self.method].collect
-        return Stats(inner=inner, method=collect and collect(self, name, inner, spread))
+        order = self.orders[name]
+        operands = [*order.operands, *([order.base] if order.base else [])]
+        inner = {one: self.reads.collect(name, one, spread) for one in operands}
+        collect = RUNNERS[self.method].collect
+        return Stats(inner=inner, method=collect and collect(self._stack(name, inner), spread))
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
-        out["weight"].copy_(METHODS[self.method].merge(self, name, box, stats))
+        merged = RUNNERS[self.method].merge(self._stack(name, stats.inner), box, stats.method)
+        out["weight"].copy_(merged)
 
-    def values(self, name: str, box: Box, inner: Sequence[Any]) -> list[torch.Tensor]:
-        """Read a box of as many models as there are `inner` stats, in float32; the base is the last of all.
-
-        Raises:
-            InputError: a weight is not finite.
-        """
-        found = []
-        for number, stats in enumerate(inner):
-            source = self._all[number]
-            tensor = torch.empty(box_shape(box), dtype=torch.float32)
-            source.read(name, box, {"weight": tensor}, stats)
-            if not torch.isfinite(tensor).all():
-                who = _label(source, number, self.base)
-                raise InputError(f"{who}: {name} holds a value that is not finite; such a model cannot be merged")
-            found.append(tensor)
-        return found
-
-    def task_vectors(self, name: str, box: Box, inner: Sequence[Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Read a box of the base, and of what each model adds to it."""
-        *tensors, base = self.values(name, box, inner)
-        return base, [tensor - base for tensor in tensors]
-
-
-def _merge_linear(merged: MergedSource, name: str, box: Box, stats: Stats) -> torch.Tensor:
-    tensors = merged.values(name, box, stats.inner[: len(merged.sources)])
-    return linear(tensors, merged.weights, normalize=merged.normalize)
-
-
-def _merge_ties(merged: MergedSource, name: str, box: Box, stats: Stats) -> torch.Tensor:
-    base, deltas = merged.task_vectors(name, box, stats.inner)
-    shape = merged.infos[name].shape
-    trimmed = [trim(delta, cut, shape, box) for delta, cut in zip(deltas, stats.method, strict=True)]
-    return ties(base, trimmed, merged.weights, scale=merged.scale, normalize=merged.normalize)
-
-
-def _collect_ties(merged: MergedSource, name: str, inner: Sequence[Any], spread: Map) -> list[Cut]:
-    """Find each task vector's cut: of n elements the max(1, int(density n)) largest stay, as in mergekit."""
-    shape = merged.infos[name].shape
-    keep = max(1, int(merged.density * math.prod(shape)))
-    return find_cuts(
-        lambda box: merged.task_vectors(name, box, inner)[1],
-        shape,
-        merged.tiles(name),
-        [keep] * len(merged.sources),
-        spread,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """How a method is run over boxes."""
-
-    merge: Callable[[MergedSource, str, Box, Stats], torch.Tensor]
-    """From a box to its merged values, float32."""
-    collect: Callable[[MergedSource, str, Sequence[Any], Map], Any] | None = None
-    """What it needs to know of a whole tensor first."""
-    needs_base: bool = False
-
-
-METHODS: dict[str, Method] = {
-    "linear": Method(merge=_merge_linear),
-    "ties": Method(merge=_merge_ties, collect=_collect_ties, needs_base=True),
-}
+    def _stack(self, name: str, inner: Mapping[Operand, Any]) -> Stack:
+        return Stack(
+            name=name,
+            shape=self.infos[name].shape,
+            order=self.orders[name],
+            reads=self.reads,
+            inner=inner,
+            seed=self.seed,
+        )
 
 
 def merge(
@@ -168,9 +105,9 @@ def merge(
     *,
     base: Source | None = None,
     weights: Sequence[float] | None = None,
-    density: float = 0.5,
-    scale: float = 1.0,
-    normalize: bool = True,
+    parameters: Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
     allow_unrelated: bool = False,
 ) -> MergedSource:
     """Return the merged model as a source, in the base's (else the first model's) dtypes. Nothing is read yet.
@@ -178,11 +115,11 @@ def merge(
     Args:
         sources: the models, in the order that they are summed in.
         method: a key of METHODS.
-        base: what all started from. `linear` does not use its values; list it among the models if it should count.
+        base: what all started from. Methods without a base do not use its values; list it if it should count.
         weights: one a model; all 1 by default.
-        density: share of each task vector, tensor by tensor, that ties keeps; above 0, at most 1.
-        scale: lambda, factor of the merged task vector.
-        normalize: divide by the sum of the weights (ties: of those that agree).
+        parameters: the method's others by name; a sequence for those that each model has of its own.
+        names: of the models, for messages and as keys of random numbers; by default their folders or places.
+        seed: of methods that draw random numbers.
         allow_unrelated: merge models that are known not to stem from the base, too.
 
     Raises:
@@ -192,51 +129,60 @@ def merge(
         raise InputError(one_of("merge method", method, METHODS))
     if not sources:
         raise InputError("no models to merge: at least one is needed")
-    if METHODS[method].needs_base and base is None:
+    takes = METHODS[method]
+    if takes.base == "needed" and base is None:
         raise InputError(f"merge method {method} needs a base: the model that all models started from")
-    if weights is None:
-        weights = [1.0] * len(sources)
-    if len(weights) != len(sources):
+    check_count(method, len(sources))
+    if weights is not None and len(weights) != len(sources):
         raise InputError(f"{len(weights)} weights given for {len(sources)} models: one weight a model is needed")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise InputError(f"weights {list(weights)}: finite numbers are needed")
-    if method == "linear" and normalize and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
-        raise InputError(f"weights {list(weights)} add up to 0: nothing to divide by; give others or normalize: false")
-    if not 0 < density <= 1:
-        raise InputError(f"density is {density}: allowed are numbers above 0, up to 1")
-    if not math.isfinite(scale):
-        raise InputError(f"scale is {scale}: a finite number is needed")
-    _check_fit(sources, base)
+    labels = [label(source, number, names) for number, source in enumerate(sources)]
+    given = dict(parameters or {})
+    if "weight" in takes.parameters:
+        given["weight"] = [1.0] * len(sources) if weights is None else list(weights)
+    elif weights is not None:
+        raise InputError(f"merge method {method} takes no weights")
+    settings = settings_of(method, given, labels)
+    check_fit(sources, labels, base)
+    like = sources[0] if base is None else base
+    counted = base is not None and takes.base != "none"
+    everything = [*sources, *([base] if base is not None else [])]
+    orders = {
+        name: Order(
+            operands=tuple(Operand(model=number, name=name) for number in range(len(sources))),
+            base=Operand(model=len(sources), name=name) if counted else None,
+            **settings,
+        )
+        for name, info in like.infos.items()
+        if info.tied_to is None
+    }
     return MergedSource(
-        sources=tuple(sources),
-        base=base,
+        reads=Reads(everything, [*labels, *([label(base, None)] if base is not None else [])]),
         method=method,
-        weights=tuple(weights),
-        density=density,
-        scale=scale,
-        normalize=normalize,
-        notes=() if base is None else _check_descent(sources, base, allow_unrelated),
+        orders=orders,
+        config=like.config,
+        like=like,
+        recipe={"method": method, "seed": seed, **{name: given[name] for name in sorted(given)}},
+        parents=tuple(range(len(everything))),
+        seed=seed,
+        notes=() if base is None else descent(sources, labels, base, allow_unrelated),
     )
 
 
-def _label(source: Source, number: int, base: Source | None) -> str:
-    """Name a source in a message: its folder, the name in its provenance, or its place."""
-    place = "base" if source is base else f"model {number + 1}"
+def label(source: Source, number: int | None, names: Sequence[str] | None = None) -> str:
+    """Name a source in a message: as given, by its folder, the name in its provenance, or its place."""
+    if names is not None and number is not None:
+        return names[number]
+    place = "base" if number is None else f"model {number + 1}"
     name = getattr(source, "folder", None) or source.run.provenance.get("name")
     return f"{place} ({name})" if name else place
 
 
-def _check_fit(sources: Sequence[Source], base: Source | None) -> None:
+def check_fit(sources: Sequence[Source], labels: Sequence[str], base: Source | None) -> None:
     """Check that all models have the tensors, shapes and meaning of the base, or else of the first."""
     like = sources[0] if base is None else base
-    reference = _label(like, 0, base)
-    for number, source in enumerate(sources):
-        who = _label(source, number, base)
-        if source.family.name != like.family.name:
-            raise InputError(f"{who} is of family {source.family.name}, {reference} of {like.family.name}")
-        given, wanted = _meaning(source), _meaning(like)
-        for key in [key for key in given if key in wanted and given[key] != wanted[key]]:
-            raise InputError(f"{who} has {key} {given[key]}, {reference} has {wanted[key]}: they cannot be merged")
+    reference = labels[0] if base is None else label(base, None)
+    for who, source in zip(labels, sources, strict=True):
+        check_meaning(who, source, reference, like)
         for name in [*like.infos, *source.infos]:
             if name not in source.infos:
                 raise InputError(f"{who} lacks the tensor {name}, which {reference} has")
@@ -247,6 +193,15 @@ def _check_fit(sources: Sequence[Source], base: Source | None) -> None:
                 raise InputError(f"{who}: {name} has shape {mine}, in {reference} it has {theirs}")
 
 
+def check_meaning(who: str, source: Source, reference: str, like: Source) -> None:
+    """Check that a model's weights mean what those of another one do."""
+    if source.family.name != like.family.name:
+        raise InputError(f"{who} is of family {source.family.name}, {reference} of {like.family.name}")
+    given, wanted = _meaning(source), _meaning(like)
+    for key in [key for key in given if key in wanted and given[key] != wanted[key]]:
+        raise InputError(f"{who} has {key} {given[key]}, {reference} has {wanted[key]}: they cannot be merged")
+
+
 def _meaning(source: Source) -> dict[str, Any]:
     """Return the sizes of a model's axes and what its config states of the meaning of its weights."""
     config = source.config
@@ -254,11 +209,11 @@ def _meaning(source: Source) -> dict[str, Any]:
     return {**source.family.axes(config), "tie_word_embeddings": source.family.is_tied(config), **stated}
 
 
-def _check_descent(sources: Sequence[Source], base: Source, allow_unrelated: bool) -> tuple[str, ...]:
+def descent(sources: Sequence[Source], labels: Sequence[str], base: Source, allow_unrelated: bool) -> tuple[str, ...]:
     """Refuse models known not to stem from the base; return a note for each of which that is not known."""
     notes = []
-    for number, source in enumerate(sources):
-        who, origin = _label(source, number, base), _label(base, 0, base)
+    origin = label(base, None)
+    for who, source in zip(labels, sources, strict=True):
         stems = stems_from(source.run.provenance, base.run.provenance)
         if stems is None:
             notes.append(f"{who}: not known whether it stems from {origin}")

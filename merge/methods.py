@@ -1,32 +1,62 @@
 """Merge methods as pure functions on float32 tensors of one shape; they know no path, tile or YAML.
 
-N models x_1 .. x_N with weights w_i; task vectors d_i = x_i - base. Semantics are those of mergekit 0.1.5, but all
-arithmetic is float32, to be rounded once.
+N models x_1 .. x_N with weights w_i; task vectors d_i = x_i - base, as far as they are kept (`merge.sparsify`).
+Semantics are those of mergekit 0.1.5, but all arithmetic is float32, to be rounded once.
 """
 
 from collections.abc import Sequence
 
 import torch
 
+GUARD = 1e-8
+"""Weights whose sum is no larger are not divided by."""
+
+
+def weighted_sum(tensors: Sequence[torch.Tensor], factors: Sequence[float | torch.Tensor]) -> torch.Tensor:
+    """Return sum(f_i x_i), summed in the order given; a factor may be a tensor that broadcasts.
+
+    A product and a sum, each rounded: fused ones would depend on where a vector of the processor ends.
+    """
+    total = tensors[0] * factors[0]
+    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
+        total += tensor * factor
+    return total
+
 
 def linear(tensors: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
-    """Return sum(w_i x_i), divided by sum(w_i) if `normalize` (model soups, arXiv 2203.05482).
+    """Return sum(w_i x_i), divided by sum(w_i) if `normalize` (model soups, arXiv 2203.05482)."""
+    total = weighted_sum(tensors, weights)
+    return total.div_(sum(weights)) if normalize else total
 
-    Summed in the order given, so that the same models in the same order give the same bits.
+
+def task_arithmetic(
+    base: torch.Tensor,
+    deltas: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    scale: float = 1.0,
+    normalize: bool = False,
+    factors: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """Return base + scale * sum(w_i d_i), divided by sum(w_i) if `normalize` (arXiv 2212.04089, eq. 2).
+
+    Args:
+        factors: further factors of the task vectors, which do not count in the divisor.
     """
-    total = torch.zeros_like(tensors[0])
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total += tensor * weight
-    return total / sum(weights) if normalize else total
+    total = weighted_sum(deltas, _products(weights, factors))
+    if normalize and abs(sum(weights)) >= GUARD:
+        total /= sum(weights)
+    return total.mul_(scale).add_(base)
 
 
 def ties(
     base: torch.Tensor,
-    trimmed: Sequence[torch.Tensor],
+    deltas: Sequence[torch.Tensor],
     weights: Sequence[float],
     *,
-    scale: float,
-    normalize: bool,
+    scale: float = 1.0,
+    normalize: bool = True,
+    factors: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Return base + scale * the task vectors' weighted mean over those that agree on the sign (arXiv 2306.01708).
 
@@ -34,21 +64,93 @@ def ties(
     do not count. As in mergekit, weighting comes before the election of the sign (the paper elects unweighted).
 
     Args:
-        trimmed: task vectors d_i, zero where they were trimmed.
+        deltas: task vectors d_i, zero where they were trimmed.
         weights: w_i; a negative one flips its task vector's sign and counts as negative in the divisor.
         scale: lambda, the factor of the merged task vector.
         normalize: divide by the weights that agree (by 1 where they add up to 0).
+        factors: further factors of the task vectors, which do not count in the divisor; none is negative.
     """
-    weighted = [delta * weight for delta, weight in zip(trimmed, weights, strict=True)]
-    total = torch.zeros_like(base)
-    for delta in weighted:
-        total += delta
+    weighted = [delta * weight for delta, weight in zip(deltas, _products(weights, factors), strict=True)]
+    total = weighted[0].clone()
+    for one in weighted[1:]:
+        total += one
     sign = torch.where(total >= 0, 1.0, -1.0)
-    merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
-    for delta, weight in zip(weighted, weights, strict=True):
-        agrees = torch.sign(delta) == sign
-        merged += torch.where(agrees, delta, 0.0)
-        divisor += torch.where(agrees, weight, 0.0)
+    merged, divisor = total.zero_(), torch.zeros_like(base)
+    for one, weight in zip(weighted, weights, strict=True):
+        one *= sign
+        if normalize:
+            divisor += (one > 0) * weight
+        merged += one.clamp_(min=0)
     if normalize:
-        merged /= torch.where(divisor == 0, 1.0, divisor)
-    return base + scale * merged
+        merged /= divisor.masked_fill_(divisor == 0, 1.0)
+    return merged.mul_(sign).mul_(scale).add_(base)
+
+
+def _products(weights: Sequence[float], factors: Sequence[float] | None) -> list[float]:
+    return [weight * factor for weight, factor in zip(weights, factors or [1.0] * len(weights), strict=True)]
+
+
+def sce(base: torch.Tensor, deltas: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return base + the weighted mean of the task vectors over those that agree on the sign (arXiv 2408.07990).
+
+    The sign is that of the unweighted sum, + if that is zero.
+
+    Args:
+        deltas: zero where the variance over the models is small.
+        weights: each model's share of sum(d^2) over the whole tensor.
+    """
+    total = weighted_sum(deltas, [1.0] * len(deltas))
+    sign = torch.where(total >= 0, 1.0, -1.0)
+    merged, divisor = total.zero_(), torch.zeros_like(base)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = torch.sign(delta) == sign
+        divisor += agrees * weight
+        merged += torch.where(agrees, delta * weight, 0.0)
+    return merged.div_(divisor.clamp_(min=1e-6)).add_(base)
+
+
+def variance(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return each element's variance over the models (of the population), in float32."""
+    stacked = torch.stack(list(deltas))
+    return (stacked - stacked.mean(dim=0)).square_().mean(dim=0)
+
+
+def ram(
+    base: torch.Tensor, deltas: Sequence[torch.Tensor], *, epsilon: float, unique: Sequence[float] | None = None
+) -> torch.Tensor:
+    """Return base + what one model alone has changed + the mean of what several have (arXiv 2601.13572).
+
+    Args:
+        epsilon: a change counts if it is larger.
+        unique: a factor a model of what it alone has changed; 1 by default (RAM+ has others).
+    """
+    active = [delta.abs() > epsilon for delta in deltas]
+    count = torch.stack(active).sum(dim=0)
+    merged = torch.zeros_like(base)
+    for delta, mine, factor in zip(deltas, active, unique or [1.0] * len(deltas), strict=True):
+        merged += torch.where(mine, torch.where(count == 1, delta * factor, delta / count), 0.0)
+    return merged.add_(base)
+
+
+def nearswap(base: torch.Tensor, other: torch.Tensor, *, t: float) -> torch.Tensor:
+    """Return the base moved towards the other model by t at most, all the way where they are nearer than that."""
+    weight = (t / (base - other).abs_().clamp_(min=1e-6)).clamp_(0, 1)
+    return weight * other + (1 - weight) * base
+
+
+def fisher(
+    tensors: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor], weights: Sequence[float], *, floor: float
+) -> torch.Tensor:
+    """Return sum(w_i F_i x_i) / sum(w_i F_i), with F_i >= floor (Matena and Raffel, arXiv 2111.09832, eq. 4).
+
+    Where no model has any Fisher information the floor makes it the weighted mean.
+
+    Args:
+        fishers: diagonals F_i of the models' Fisher matrices.
+        floor: above 0.
+    """
+    shares = [value.clamp(min=floor) * weight for value, weight in zip(fishers, weights, strict=True)]
+    divisor = shares[0].clone()
+    for share in shares[1:]:
+        divisor += share
+    return weighted_sum(tensors, shares).div_(divisor)

@@ -87,7 +87,7 @@ ERRORS = [
     ),
     ("partition: gpu", "partition: yes", "51: resources.slurm.partition: yes is read as bool by YAML, not as text:*"),
     ("partition: gpu", "partition: [a]", "51: resources.slurm.partition: a list is given; allowed is text"),
-    ('method: "{method}"', "normalize: maybe", "45: *.merge.normalize: 'maybe' is not true or false;*"),
+    ('method: "{method}"', "parameters: {normalize: maybe}", "45: *.normalize: 'maybe' is not true or false;*"),
     # the value
     ("warmup: 2", "precision: fp16", "28: training.precision: unknown precision 'fp16': allowed are float32, bfloat16"),
     (
@@ -329,7 +329,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for given_path, line in [
         (tmp_path / "y.yaml", f"{tmp_path / 'y.yaml'}: no such file; did you mean 'x.yaml'?"),
         (tmp_path / "no" / "z", f"{tmp_path / 'no' / 'z'}: no such file"),
-        (tmp_path, f"{tmp_path}: is a folder, not a pipeline file"),
+        (tmp_path, f"{tmp_path}: is a folder, not a YAML file"),
         (path / "below", f"{path / 'below'}: cannot be read (Not a directory)"),
     ]:
         with pytest.raises(InputError) as caught:

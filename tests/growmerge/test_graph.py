@@ -27,9 +27,9 @@ ERRORS = [
     ("  grown:", "  a/b:", "38: stages.a/b: 'a/b' cannot be a stage's name: letters, digits and . _ + -,*"),
     ("  grown:", f"  {'g' * 101}:", "38: *cannot be a stage's name: *"),
     # what a grid fills in is checked like anything else, where its values are listed
-    ("[linear, ties]", "[linear, tise]", "41: *.method: unknown method 'tise': allowed are linear, ties;*'ties'?"),
+    ("[linear, ties]", "[linear, tise]", "41: *: unknown method 'tise': allowed are linear, *; did you mean 'ties'?"),
     ('from: [seed, "base-{setup}"]', 'from: ["{setup}", seed]', "41: *.from.0: unknown stage '1x': allowed are *"),
-    ("base: seed\n", 'base: seed\n      density: "{setup}"\n', "41: *.merge.density: '1x' is not a number;*"),
+    ("base: seed\n", 'base: seed\n      parameters: {density: "{setup}"}\n', "41: *.density: '1x' is not *"),
     # references
     ("seed, width", "sed, width", f"39: stages.grown.grow.from: unknown stage 'sed': allowed are {STAGES}; *'seed'? *"),
     ('[seed, "base-{setup}"]', '[seed, "bas-{setup}"]', "43: *.from.1: unknown stage 'bas-1x': *mean 'base-1x'?*"),
@@ -47,8 +47,8 @@ ERRORS = [
     ("{steps: 10}", "{steps: 1}", "31: *.train.training.warmup: 2 steps of warm-up are more than the run's 1 steps"),
     ("      base: seed\n", "", "42: stages.{setup}-{method}.merge: method ties needs `base`, *"),
     ("base: seed", "base: seed\n      weights: [1]", "45: *.merge.weights: 1 weights for 2 models: give one a model"),
-    ("base: seed", "base: seed\n      weights: [1, -1]", "45: *.weights: the weights add up to 0, and `normalize`*"),
-    ("base: seed", "base: seed\n      density: 1.5", "45: *.density: 1.5 is out of range: allowed is above *"),
+    ("base: seed", "base: seed\n      weights: [1, -1]", "45: *.weights: weights [1.0, -1.0] add up to 0: *"),
+    ("base: seed", "base: seed\n      parameters: {density: 1.5}", "45: *.density: density is 1.5: allowed is 0 to 1"),
     ('[seed, "base-{setup}"]', "[]", "43: *.merge.from: no models to merge: the list is empty"),
     (GRID, f"each: {{setup: [1x], method: [{', '.join('m' for _ in range(10001))}]}}", "41: *.each: *10001 stages;*"),
     # growth with the optimizer, of what has none

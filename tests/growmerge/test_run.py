@@ -230,7 +230,7 @@ def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tm
     workdir = tmp_path / "run"
     shutil.copytree(folder / "run", workdir, symlinks=True)
     changed = folder / "changed.yaml"
-    changed.write_text(ALONE.replace('method: "{method}"}', 'method: "{method}", density: 0.3}'))
+    changed.write_text(ALONE.replace('method: "{method}"}', 'method: "{method}", parameters: {density: 0.3}}'))
     ran = growmerge("run", str(changed), "--workdir", str(workdir))
     assert ran.returncode == 0, ran.stderr
     assert started(workdir) == [

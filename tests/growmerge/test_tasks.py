@@ -38,7 +38,7 @@ GROWN = {name for name in MODELS if "2x" in name}
         ("checkpoint_every: 5", "checkpoint_every: 7", set()),
         ("ranks: 2, threads: 1", "ranks: 3, threads: 2", set()),
         ("title: Toy", "title: Other", set()),
-        ('method: "{method}"}', 'method: "{method}", scale: 0.5}', MERGES),
+        ('method: "{method}"}', 'method: "{method}", parameters: {lambda: 0.5}}', {"1x-ties", "2x-ties"}),
         (
             "steps: 8, evaluate_every: 4",
             "steps: 9, evaluate_every: 4",

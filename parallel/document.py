@@ -78,7 +78,7 @@ def _text(path: Path) -> str:
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise InputError(f"{path}: no such file" + (f"; did you mean {near[0]!r}?" if near else "")) from None
     except IsADirectoryError:
-        raise InputError(f"{path}: is a folder, not a pipeline file") from None
+        raise InputError(f"{path}: is a folder, not a YAML file") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error

@@ -1,0 +1,85 @@
+"""Boxes of several models in float32, each read once however many merges ask for it."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from checkpoint.source import Box, Map, Source, box_shape
+from parallel.errors import InputError
+
+Made = TypeVar("Made")
+KNOWN = 8
+"""Tensors whose statistics are remembered: the writer asks for those of a block ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operand:
+    """A tensor that a merge reads."""
+
+    model: int
+    """Number of the model among the sources."""
+    name: str
+    """Its name there: the layers of a merged model may come from elsewhere."""
+
+
+class Reads:
+    """Models that are read together, box by box."""
+
+    def __init__(self, sources: Sequence[Source], labels: Sequence[str]) -> None:
+        """Take the models and what messages call them."""
+        self.sources = tuple(sources)
+        self.labels = tuple(labels)
+        self._of_box = threading.local()
+        self._of_tensor: dict[str, dict[Any, Any]] = {}
+        self._lock = threading.RLock()
+
+    def once_a_tensor(self, name: str, key: Any, make: Callable[[], Made]) -> Made:
+        """Return what was made for this key while the same tensor was merged, or make it."""
+        with self._lock:
+            if name not in self._of_tensor:
+                while len(self._of_tensor) >= KNOWN:
+                    del self._of_tensor[next(iter(self._of_tensor))]
+                self._of_tensor[name] = {}
+            known = self._of_tensor[name]
+            if key not in known:
+                known[key] = make()
+            found: Made = known[key]
+            return found
+
+    def once_a_box(self, name: str, box: Box, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what this thread made for this key when it was last at the same box, or make it.
+
+        What is returned must not be changed.
+        """
+        place = (name, tuple((part.start, part.stop) for part in box))
+        if getattr(self._of_box, "place", None) != place:
+            self._of_box.place, self._of_box.known = place, {}
+        known: dict[Any, torch.Tensor] = self._of_box.known
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    def collect(self, name: str, operand: Operand, spread: Map) -> Any:
+        """Return what reading a tensor needs to know of it first."""
+        return self.once_a_tensor(name, operand, lambda: self.sources[operand.model].collect(operand.name, spread))
+
+    def read(self, name: str, operand: Operand, box: Box, stats: Any) -> torch.Tensor:
+        """Return a box of a tensor in float32, for the merged tensor of a name; not to be changed."""
+        return self.once_a_box(name, box, operand, lambda: self.fresh(operand, box, stats))
+
+    def fresh(self, operand: Operand, box: Box, stats: Any) -> torch.Tensor:
+        """Return a box of a tensor in float32, which nobody else has.
+
+        Raises:
+            InputError: a weight is not finite.
+        """
+        tensor = torch.empty(box_shape(box), dtype=torch.float32)
+        self.sources[operand.model].read(operand.name, box, {"weight": tensor}, stats)
+        # The sum of finite numbers may be too large; a number that is not finite makes it so for certain.
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            who = self.labels[operand.model]
+            raise InputError(f"{who}: {operand.name} holds a value that is not finite; such a model cannot be merged")
+        return tensor

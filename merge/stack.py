@@ -1,0 +1,168 @@
+"""One tensor of all the models, as a method sees it: boxes of values and of task vectors, settings, statistics."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from checkpoint.source import Box, Map, row_major_tiles
+from merge import sparsify
+from merge.reads import Operand, Reads
+from merge.sparsify import Kept, Sparsifier
+from parallel.errors import InputError
+
+CHUNK = 4096
+"""Products summed in float32 before they are added up in float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """How one tensor of the merged model is made."""
+
+    operands: tuple[Operand, ...]
+    """The models' tensors, in the order that they are summed in; the base is not among them."""
+    base: Operand | None
+    shared: Mapping[str, Any]
+    """Values of the method's parameters."""
+    each: Mapping[str, tuple[Any, ...]]
+    """Values of those that every model has of its own, one an operand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What reading a merged tensor needs to know of it first."""
+
+    inner: Mapping[Operand, Any]
+    """Of each tensor that is read."""
+    method: Any = None
+    """The method's; None if it needs nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A tensor of the merged model, and those that it is made from."""
+
+    name: str
+    shape: tuple[int, ...]
+    order: Order
+    reads: Reads
+    inner: Mapping[Operand, Any]
+    seed: int
+
+    @property
+    def tiles(self) -> Sequence[Box]:
+        return row_major_tiles(self.shape)
+
+    @property
+    def count(self) -> int:
+        return len(self.order.operands)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.order.each["weight"]
+
+    def label(self, number: int) -> str:
+        return self.reads.labels[self.order.operands[number].model]
+
+    def error(self, problem: str) -> InputError:
+        return InputError(f"{self.name}: {problem}")
+
+    def value(self, number: int, box: Box) -> torch.Tensor:
+        """Return a box of a model in float32; not to be changed."""
+        operand = self.order.operands[number]
+        return self.reads.read(self.name, operand, box, self.inner[operand])
+
+    def values(self, box: Box) -> list[torch.Tensor]:
+        return [self.value(number, box) for number in range(self.count)]
+
+    def base(self, box: Box) -> torch.Tensor:
+        """Return a box of the base in float32; not to be changed."""
+        assert self.order.base is not None, f"{self.name} has no base"
+        return self.reads.read(self.name, self.order.base, box, self.inner[self.order.base])
+
+    def delta(self, number: int, box: Box) -> torch.Tensor:
+        """Return a box of what a model adds to the base; not to be changed."""
+
+        def make() -> torch.Tensor:
+            return self.value(number, box) - self.base(box)
+
+        return self.reads.once_a_box(self.name, box, self._pair(number), make)
+
+    def deltas(self, box: Box) -> list[torch.Tensor]:
+        return [self.delta(number, box) for number in range(self.count)]
+
+    def directions(self, box: Box) -> list[torch.Tensor]:
+        """Return task vectors if there is a base, else the models themselves."""
+        return self.values(box) if self.order.base is None else self.deltas(box)
+
+    def _pair(self, number: int) -> tuple[Operand, Operand | None]:
+        return self.order.operands[number], self.order.base
+
+    def collect_kept(self, number: int, sparsifier: Sparsifier, spread: Map) -> Kept:
+        """Find what a sparsifier needs to know of a model's task vector."""
+
+        def make() -> Kept:
+            return sparsify.collect(
+                sparsifier, self.name, lambda box: self.delta(number, box), self.shape, self.tiles, spread
+            )
+
+        return self.reads.once_a_tensor(self.name, (*self._pair(number), sparsifier), make)
+
+    def kept(self, number: int, sparsifier: Sparsifier, kept: Kept, box: Box) -> torch.Tensor:
+        """Return a box of a sparse task vector, not yet times `kept.factor`; not to be changed."""
+
+        def make() -> torch.Tensor:
+            rows, inside = sparsify.whole_rows(box, self.shape)
+            if not sparsifier.whole or rows == box:
+                return sparsify.keep(sparsifier, self.name, self.delta(number, box), kept, self.shape, box)
+            # Past what is remembered: reading another box would make it forget this one.
+            operand, base = self._pair(number)
+            assert base is not None, f"{self.name} has no base"
+            delta = self.reads.fresh(operand, rows, self.inner[operand])
+            delta -= self.reads.fresh(base, rows, self.inner[base])
+            return sparsify.keep(sparsifier, self.name, delta, kept, self.shape, rows)[inside]
+
+        return self.reads.once_a_box(self.name, box, (*self._pair(number), sparsifier), make)
+
+    def gram(
+        self,
+        spread: Map,
+        *,
+        along: Literal["all", "rows", "columns"] = "all",
+        of: Literal["directions", "base and models"] = "directions",
+    ) -> np.ndarray:
+        """Return inner products, float64: [N, N], or [rows or columns, N, N]; of a vector, [1, N, N] for either."""
+        count = self.count + (of != "directions")
+        height = math.prod(self.shape[:-1])
+
+        def products(tile: Box) -> tuple[slice, np.ndarray]:
+            vectors = self.directions(tile) if of == "directions" else [self.base(tile), *self.values(tile)]
+            stacked = torch.stack([one.reshape(-1, one.shape[-1] if one.dim() else 1) for one in vectors])
+            if along == "all" or len(self.shape) < 2:
+                return slice(0, 1), _inner(stacked.flatten(1))[None]
+            lines = stacked.double().permute((1, 0, 2) if along == "rows" else (2, 0, 1))
+            part = tile[-1] if along == "columns" else slice(tile[0].start, tile[0].stop)
+            return part, (lines @ lines.transpose(1, 2)).numpy()
+
+        def make() -> np.ndarray:
+            size = 1 if along == "all" or len(self.shape) < 2 else height if along == "rows" else self.shape[-1]
+            total = np.zeros((size, count, count))
+            for part, found in spread(products, self.tiles):
+                total[part] += found
+            return total[0] if along == "all" else total
+
+        return self.reads.once_a_tensor(self.name, ("gram", of, along, self.order.operands, self.order.base), make)
+
+
+def _inner(vectors: torch.Tensor) -> np.ndarray:
+    """Return the inner products of N vectors [N, n], summed in float64 over pieces."""
+    count, length = vectors.shape
+    whole = length // CHUNK * CHUNK
+    pieces = vectors[:, :whole].reshape(count, -1, CHUNK).transpose(0, 1)
+    rest = vectors[:, whole:]
+    total = torch.bmm(pieces, pieces.transpose(1, 2)).sum(dim=0, dtype=torch.float64)
+    found: np.ndarray = (total + (rest @ rest.T).double()).numpy()
+    return found
