@@ -10,6 +10,7 @@ import click
 
 from growmerge import __version__
 from growmerge.cli_data import data
+from growmerge.cli_stats import stats
 from growmerge.cli_tokenizer import tokenizer
 from parallel.errors import InputError
 
@@ -328,6 +329,8 @@ def verify(small: Path, grown: Path, text: Path | None, tokens: int, by_module: 
 main.add_command(tokenizer)
 
 main.add_command(data)
+
+main.add_command(stats)
 
 if __name__ == "__main__":
     main()

@@ -59,7 +59,9 @@ class MergedSource:
             if info.tied_to is None:
                 order = self.orders[name]
                 first = order.base or order.operands[0]
-                theirs = self.like.infos.get(name) or self.reads.sources[first.model].infos[first.name]
+                theirs = self.like.infos.get(name)
+                if theirs is None or theirs.tied_to is not None:
+                    theirs = self.reads.sources[first.model].infos[first.name]
                 dtype = self.dtype or theirs.slots["weight"]
                 info = replace(info, slots={"weight": dtype}, group=theirs.group, trainable=theirs.trainable)
             infos[name] = info
@@ -193,12 +195,12 @@ def check_fit(sources: Sequence[Source], labels: Sequence[str], base: Source | N
                 raise InputError(f"{who}: {name} has shape {mine}, in {reference} it has {theirs}")
 
 
-def check_meaning(who: str, source: Source, reference: str, like: Source) -> None:
-    """Check that a model's weights mean what those of another one do."""
+def check_meaning(who: str, source: Source, reference: str, like: Source, *, but: Sequence[str] = ()) -> None:
+    """Check that a model's weights mean what those of another one do, but for some keys."""
     if source.family.name != like.family.name:
         raise InputError(f"{who} is of family {source.family.name}, {reference} of {like.family.name}")
     given, wanted = _meaning(source), _meaning(like)
-    for key in [key for key in given if key in wanted and given[key] != wanted[key]]:
+    for key in [key for key in given if key not in but and key in wanted and given[key] != wanted[key]]:
         raise InputError(f"{who} has {key} {given[key]}, {reference} has {wanted[key]}: they cannot be merged")
 
 

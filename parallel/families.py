@@ -109,6 +109,11 @@ class Family:
             )
         return found
 
+    def in_layer(self, tensor: Tensor, layer: int) -> str:
+        """Return the name of the tensor of another layer that corresponds to a layer's tensor."""
+        rows = (row for row in self.rows if row.per_layer)
+        return next(row.name.format(layer=layer) for row in rows if row.name.format(layer=tensor.layer) == tensor.name)
+
     def _names(self, config: Mapping[str, Any]) -> Iterator[tuple[str, Row, int | None]]:
         rows = [row for row in self.rows if row.when is None or config.get(row.when)]
         first = next(i for i, row in enumerate(rows) if row.per_layer)
