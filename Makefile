@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check benchmark cluster clean
+.PHONY: setup demo test test-all check parity benchmark cluster clean
 
 setup: $(READY)
 
@@ -30,6 +30,11 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest
 
+# Recipes merged by mergekit 0.1.5 and by this project; the table is .parity/report.md.
+parity: $(READY)
+	$(BIN)/python -m pytest tests/merge/parity
+	cat .parity/report.md
+
 benchmark: $(READY)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -38,4 +43,4 @@ cluster: $(READY)
 	$(BIN)/python tests/cluster/cluster.py run
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .parity runs

@@ -313,6 +313,23 @@ def convert(source: Path, **given: Any) -> None:
 
 
 @main.command()
+@_targets
+@click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers.")
+@click.option("--lenient", is_flag=True, help="Pass over keys that no recipe has.")
+@click.option("--allow-unrelated", is_flag=True, help="Merge models known not to stem from the base, too.")
+@click.option("--dry-run", is_flag=True, help="Check the recipe and its models, and stop.")
+def merge(source: Path, seed: int, lenient: bool, allow_unrelated: bool, dry_run: bool, **given: Any) -> None:
+    """Merge the models of the recipe SOURCE, mergekit's YAML unchanged, into the folder TARGET."""
+    from growmerge.merging import apply_file, merge_file
+
+    target = _target(given)
+    applied, models = apply_file(source, seed=seed, lenient=lenient, allow_unrelated=allow_unrelated)
+    for note in applied.merged.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{source}: nothing is wrong with it" if dry_run else merge_file(target, applied, models))
+
+
+@main.command()
 @click.argument("small", type=click.Path(path_type=Path))
 @click.argument("grown", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score; a short English one by default.")

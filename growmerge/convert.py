@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,28 +122,58 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) -> str:
+    record = record_of(path)
+    return write_target(
+        source,
+        target,
+        made=made,
+        parents=[{**record, "name": record.get("name", path.name)}],
+        inputs=[path],
+        files={name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()},
+    )
+
+
+def write_target(
+    source: Source,
+    target: Target,
+    *,
+    made: Mapping[str, Any],
+    parents: Sequence[Mapping[str, Any]],
+    inputs: Sequence[Path],
+    files: Mapping[str, bytes],
+) -> str:
+    """Write a source where it goes, unless it is there; return what is said of it.
+
+    Args:
+        made: verb and recipe, for provenance.
+        parents: records of the checkpoints that it is made from.
+        inputs: their folders.
+        files: further files, by name.
+
+    Raises:
+        InputError: the target is taken or cannot be written; an unknown format or dtype.
+    """
     for what, value, allowed in (("format", target.format, LAYOUTS), ("dtype", target.dtype or "float32", DTYPES)):
         if value not in allowed:
             raise InputError(one_of(what, value, allowed))
     if target.format != "zero3" and (target.tensor_ranks != 1 or target.vocab_parallel):
         raise InputError(f"--tp and --vocab-parallel are of --format zero3 alone; {target.format} has no ranks")
     folder = target.folder
-    if folder.resolve() == path.resolve():
-        raise InputError(f"{folder}: is the source itself; choose another folder")
-    record = _record(path)
+    if folder.resolve() in [path.resolve() for path in inputs]:
+        raise InputError(f"{folder}: is {'the' if len(inputs) == 1 else 'a'} source itself; choose another folder")
     layout = LAYOUTS[target.format](source, target)
     about = {
         "format": 1,
         "name": folder.name,
         **made,
-        **descend([{**record, "name": record.get("name", path.name)}]),
+        **descend(parents),
         "tokens": source.run.tokens,
-        "inputs": [_fingerprint(path)],
+        "inputs": [_fingerprint(path) for path in inputs],
         "layout": repr(layout),
         "versions": {"growmerge": __version__, "torch": torch.__version__},
     }
     if manifest.is_complete(folder):
-        known = _record(folder)
+        known = record_of(folder)
         if any(known.get(key) != about[key] for key in ("verb", "recipe", "inputs", "layout")):
             made = known.get("verb", "unknown")
             raise InputError(f"{folder}: holds another checkpoint (made by {made}); choose another folder")
@@ -153,10 +183,9 @@ def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) 
         return f"nothing to do: {folder} is there and whole"
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROGRESS).is_file():
         raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
-    companions = {name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()}
     workers = target.workers or os.cpu_count() or 1
     try:
-        write_checkpoint(source, folder, layout, workers=workers, about=about, extra_files=companions)
+        write_checkpoint(source, folder, layout, workers=workers, about=about, extra_files=files)
     except NotFiniteError:
         shutil.rmtree(folder)  # there is no going on
         raise
@@ -173,6 +202,7 @@ def _fingerprint(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's provenance; empty if it has none."""
     path = folder / "growmerge.json"
     return dict(read_json(path)) if path.is_file() else {}

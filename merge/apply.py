@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from checkpoint.source import Source
+from merge.averaging import with_checkpoints
+from merge.inform import Place, inform
 from merge.lint import lint
 from merge.merge import MergedSource, check_meaning
 from merge.reads import Reads
@@ -16,6 +19,9 @@ from parallel.errors import InputError
 OpenModel = Callable[[str], Source]
 """From a model as a recipe names it to its source."""
 
+Align = Callable[[Mapping[str, Source]], Mapping[str, Source]]
+"""From all models to the same ones over one vocabulary."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
@@ -24,18 +30,30 @@ class Applied:
     merged: MergedSource
     models: Mapping[str, Source]
     """As they were opened, by what the recipe calls them."""
+    recipe: Recipe
+    """With the checkpoints of runs as models of their own."""
 
 
-def apply_recipe(recipe: Recipe, open_model: OpenModel, *, seed: int = 0, allow_unrelated: bool = False) -> Applied:
+def apply_recipe(
+    recipe: Recipe,
+    open_model: OpenModel,
+    *,
+    align: Align | None = None,
+    place: Place = Path,
+    seed: int = 0,
+    allow_unrelated: bool = False,
+) -> Applied:
     """Return the merged model. No tensor is read yet.
 
     Args:
+        place: from a folder that the recipe names, of statistics or of a training run, to where it lies.
         seed: of methods that draw random numbers.
         allow_unrelated: merge models that are known not to stem from the base, too.
 
     Raises:
         InputError: models or settings that do not fit, each with its line in the recipe.
     """
+    recipe = with_checkpoints(recipe, place)
     lines = {one.model: one.line for part in recipe.slices for one in reversed(part.inputs)}
     models = {}
     for name in recipe.models:
@@ -44,6 +62,7 @@ def apply_recipe(recipe: Recipe, open_model: OpenModel, *, seed: int = 0, allow_
             models[name] = open_model(name)
         except InputError as error:
             raise InputError(f"{recipe.file}:{line}: {name}: {error}") from error
+    opened, models = [*models.values()], dict(align(models)) if align else models
     sources = [*models.values()]
     first = recipe.models[0]
     for name, source in models.items():
@@ -53,18 +72,33 @@ def apply_recipe(recipe: Recipe, open_model: OpenModel, *, seed: int = 0, allow_
             raise InputError(f"{recipe.file}:{lines.get(name, 1)}: {error}") from error
     resolved = resolve(recipe, {name: number for number, name in enumerate(models)}, sources)
     notes = lint(recipe, models, resolved, allow_unrelated=allow_unrelated)
+    informed = inform(
+        recipe.method,
+        resolved.orders,
+        sources,
+        models=opened,
+        place=place,
+        at=lambda number: f"{recipe.file}:{_line_of_statistics(recipe, [*models][number])}: ",
+    )
     return Applied(
         merged=MergedSource(
-            reads=Reads(sources, [*models]),
+            reads=Reads([*sources, *informed.fishers], [*models, *informed.labels]),
             method=recipe.method,
-            orders=resolved.orders,
+            orders=informed.orders,
             config=resolved.config,
             like=models[first],
             recipe={"method": recipe.method, "seed": seed, "text": recipe.text},
             parents=tuple(range(len(sources))),
             seed=seed,
             dtype=getattr(torch, recipe.dtype) if recipe.dtype else None,
-            notes=notes,
+            notes=(*notes, *informed.notes),
         ),
         models=models,
+        recipe=recipe,
     )
+
+
+def _line_of_statistics(recipe: Recipe, model: str) -> int:
+    inputs = [one for part in recipe.slices for one in part.inputs if one.model == model]
+    given = [one.parameters[key] for one in inputs for key in ("fisher", "gram") if key in one.parameters]
+    return given[0].line if given else inputs[0].line if inputs else recipe.lines.get("base_model", 1)

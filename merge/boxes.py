@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from checkpoint.source import Box, Map
-from merge import directions, methods
+from merge import directions, fisher, matrices, methods
 from merge.sparsify import Kept, Sparsifier, whole_rows
 from merge.stack import Stack
 from merge.threshold import Cut, find_cuts, trim
@@ -267,4 +267,7 @@ RUNNERS: dict[str, Runner] = {
     "nearswap": Runner(merge=nearswap),
     "arcee_fusion": Runner(merge=fusion, collect=fusion_stats),
     "passthrough": Runner(merge=passthrough),
+    "fisher": Runner(merge=fisher.box, collect=fisher.mean),
+    "regmean": Runner(merge=matrices.regmean_box, collect=matrices.regmean_stats),
+    "tsv": Runner(merge=matrices.tsv_box, collect=matrices.tsv_stats),
 }

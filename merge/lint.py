@@ -90,5 +90,6 @@ def _reductions(method: str, orders: list[Order]) -> Iterator[str]:
     for t, what in ((0.0, "the base"), (1.0, "the other model")):
         if method == "slerp" and always("t", t):
             yield f"slerp with t {t:g} is {what}"
-    if method in ("linear", "multislerp", "karcher") and all(len(order.operands) == 1 for order in orders):
+    alone = ("linear", "multislerp", "karcher", "fisher", "regmean")
+    if method in alone and all(len(order.operands) == 1 for order in orders):
         yield f"{method} of one model is that model"

@@ -6,6 +6,7 @@ Models are read box by box, all together, and computed in float32; nothing is ev
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from checkpoint.memory import infos_of
 from checkpoint.provenance import descend, stems_from
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, WithoutState, row_major_tiles
 from merge.boxes import RUNNERS
+from merge.inform import Place, inform
 from merge.reads import Operand, Reads
 from merge.settings import check_count, settings_of
 from merge.stack import Order, Stack, Stats
 from merge.table import METHODS
 from parallel.errors import InputError, one_of
-from parallel.families import Family
+from parallel.families import Family, Kind
 
 SAME = ("num_attention_heads", "hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters")
 """Further keys of the config that change what weights mean; models that state one differently are not merged."""
@@ -81,7 +83,7 @@ class MergedSource:
 
     def collect(self, name: str, spread: Map) -> Stats:
         order = self.orders[name]
-        operands = [*order.operands, *([order.base] if order.base else [])]
+        operands = [*order.operands, *([order.base] if order.base else []), *order.fishers]
         inner = {one: self.reads.collect(name, one, spread) for one in operands}
         collect = RUNNERS[self.method].collect
         return Stats(inner=inner, method=collect and collect(self._stack(name, inner), spread))
@@ -90,9 +92,14 @@ class MergedSource:
         merged = RUNNERS[self.method].merge(self._stack(name, stats.inner), box, stats.method)
         out["weight"].copy_(merged)
 
+    @cached_property
+    def _kinds(self) -> Mapping[str, Kind]:
+        return {name: tensor.kind for name, tensor in self.family.tensors(self.config).items()}
+
     def _stack(self, name: str, inner: Mapping[Operand, Any]) -> Stack:
         return Stack(
             name=name,
+            kind=self._kinds[name],
             shape=self.infos[name].shape,
             order=self.orders[name],
             reads=self.reads,
@@ -111,6 +118,7 @@ def merge(
     names: Sequence[str] | None = None,
     seed: int = 0,
     allow_unrelated: bool = False,
+    place: Place = Path,
 ) -> MergedSource:
     """Return the merged model as a source, in the base's (else the first model's) dtypes. Nothing is read yet.
 
@@ -119,10 +127,12 @@ def merge(
         method: a key of METHODS.
         base: what all started from. Methods without a base do not use its values; list it if it should count.
         weights: one a model; all 1 by default.
-        parameters: the method's others by name; a sequence for those that each model has of its own.
+        parameters: the method's others by name; a sequence for those that each model has of its own, such as the
+            folders of its statistics.
         names: of the models, for messages and as keys of random numbers; by default their folders or places.
         seed: of methods that draw random numbers.
         allow_unrelated: merge models that are known not to stem from the base, too.
+        place: from a folder that is among the parameters to where it lies.
 
     Raises:
         InputError: models that do not fit together, or settings that make no sense: the line names which.
@@ -157,16 +167,18 @@ def merge(
         for name, info in like.infos.items()
         if info.tied_to is None
     }
+    informed = inform(method, orders, everything, place=place)
+    names_of = [*labels, *([label(base, None)] if base is not None else []), *informed.labels]
     return MergedSource(
-        reads=Reads(everything, [*labels, *([label(base, None)] if base is not None else [])]),
+        reads=Reads([*everything, *informed.fishers], names_of),
         method=method,
-        orders=orders,
+        orders=informed.orders,
         config=like.config,
         like=like,
         recipe={"method": method, "seed": seed, **{name: given[name] for name in sorted(given)}},
         parents=tuple(range(len(everything))),
         seed=seed,
-        notes=() if base is None else descent(sources, labels, base, allow_unrelated),
+        notes=(*informed.notes, *(() if base is None else descent(sources, labels, base, allow_unrelated))),
     )
 
 

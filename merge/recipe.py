@@ -17,7 +17,11 @@ TOP = (
     *("tokenizer_source", "tokenizer", "chat_template"),
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-ALSO = {"model": ("parameters",), "slice": ("base_model", "parameters", "residual_weight"), "module": ("parameters",)}
+ALSO = {
+    "model": ("parameters", "checkpoints"),
+    "slice": ("base_model", "parameters", "residual_weight"),
+    "module": ("parameters",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,8 @@ class Input:
     layers: tuple[int, int] | None = None
     """First layer, and the one behind the last; all by default."""
     parameters: Parameters = field(default_factory=dict)
+    checkpoints: int | None = None
+    """So many of the last checkpoints of a training run, whose folder `model` is, instead of one model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +218,14 @@ class _Reader:
             line=keys["model"].line,
             layers=span,
             parameters=self._parameters(keys.get("parameters"), method),
+            checkpoints=self._count(keys["checkpoints"]) if "checkpoints" in keys else None,
         )
+
+    def _count(self, item: Item) -> int:
+        count = plain(item)
+        if type(count) is not int or count < 1:
+            raise self._error(item.line, f"checkpoints is {item.given}: a whole number, 1 or more, is needed")
+        return count
 
     def _model(self, item: Item) -> str:
         """Return a model as one text; mergekit takes a mapping as well."""

@@ -17,6 +17,8 @@ from merge.table import METHODS, Parameter
 from parallel.errors import InputError
 from parallel.families import Family, Tensor
 
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
@@ -58,9 +60,10 @@ class _Resolver:
                 raise self._error(part.line, f"{self.recipe.method} needs a base_model: what all models started from")
             if base is not None and base not in [one.model for one in inputs]:
                 line = self.recipe.lines.get("base_model", part.line)
-                if not self.recipe.whole:
+                if self.recipe.whole:
+                    inputs.append(self._with_layers(Input(model=base, line=line)))
+                elif takes.base != "none":  # else it gives the config and the tokenizer alone
                     raise self._error(part.line, f"the slice has no layers of the base model {base}")
-                inputs.append(self._with_layers(Input(model=base, line=line)))
             names = [one.model for one in inputs]
             if twice := next((one for one in inputs if names.count(one.model) > 1), None):
                 raise self._error(twice.line, f"{twice.model} is given twice among what is merged into one")
@@ -88,7 +91,7 @@ class _Resolver:
         """Return how a tensor is made.
 
         Args:
-            names: of the inputs' tensors.
+            names: of the inputs' tensors; an alias is read from its owner, but filters see its own name.
             t: how far in its slice its layer is, 0 to 1.
         """
         recipe, part = self.recipe, tensors.part
@@ -102,7 +105,9 @@ class _Resolver:
         operands, base = [], None
         each: dict[str, list[Any]] = {key: [] for key, parameter in takes.items() if parameter.each}
         for one, their in zip(tensors.inputs, names, strict=True):
-            operand = Operand(model=self.models[one.model], name=their)
+            number = self.models[one.model]
+            info = self.sources[number].infos.get(their)
+            operand = Operand(model=number, name=info.tied_to if info is not None and info.tied_to else their)
             if one.model == tensors.base:
                 base = operand
                 continue
@@ -137,6 +142,8 @@ class _Resolver:
         return parameter.default
 
     def _at(self, setting: Setting, given: Given, parameter: Parameter, t: float) -> Any:
+        if setting.gradient and parameter.kind is str:
+            raise self._error(setting.line, f"{given.name} is a list: a folder is needed")
         values = []
         for item in setting.values:
             try:
@@ -158,8 +165,10 @@ def _typed(value: Any, tag: str, parameter: Parameter) -> Any:
     """Return a scalar of the file as a parameter's kind, as far as it is one: YAML reads 1e-5 as text."""
     if tag == "null":
         return None
-    if tag == "bool":
-        return value.lower() in ("true", "yes", "on")
+    if parameter.kind is str:
+        return value
+    if tag == "bool" or (parameter.kind is bool and value.lower() in SWITCH):  # in quotes, too
+        return SWITCH[value.lower()]
     try:
         number = float(value)
     except ValueError:
@@ -197,7 +206,7 @@ def resolve(recipe: Recipe, models: Mapping[str, int], sources: Sequence[Source]
             where = max(place for place, start in enumerate(starts[:-1]) if start <= tensor.layer)
             part, inside = slices[where], tensor.layer - starts[where]
             t = inside / (_length(part) - 1) if _length(part) > 1 else 1.0
-        names = [_name_in(family, tensor, one, inside, sources[models[one.model]]) for one in part.inputs]
+        names = [_name_in(family, tensor, one, inside) for one in part.inputs]
         orders[name] = resolver.order(name, part, t, names)
     return Resolved(config=config, orders=orders, unused=_unused(resolver))
 
@@ -220,20 +229,18 @@ def _config(
         kinds += own[slice(*(span or ()))] if own else []
     if config.get("layer_types"):
         config["layer_types"] = kinds
-    named = {one.model: one for part in slices for one in part.inputs}
-    ties = {model: sources[models[model]].family.is_tied(sources[models[model]].config) for model in named}
-    if len({*ties.values()}) > 1:  # a head of its own somewhere: the merged one has one as well
+    inputs = {models[one.model] for part in slices for one in part.inputs}
+    ties = [sources[number].family.is_tied(sources[number].config) for number in inputs]
+    if like.family.is_tied(config) and not all(ties):  # a head of its own somewhere: the merged one has one as well
         config["tie_word_embeddings"] = False
     return config
 
 
-def _name_in(family: Family, tensor: Tensor, one: Input, inside: int, source: Source) -> str:
-    """Return the name of a model's tensor for one of the merged model; an alias is read from its owner."""
-    name = tensor.name
+def _name_in(family: Family, tensor: Tensor, one: Input, inside: int) -> str:
+    """Return the name of a model's tensor for one of the merged model."""
     if tensor.layer is not None and one.layers is not None:
-        name = family.in_layer(tensor, one.layers[0] + inside)
-    info = source.infos.get(name)
-    return info.tied_to if info is not None and info.tied_to else name
+        return family.in_layer(tensor, one.layers[0] + inside)
+    return tensor.name
 
 
 def _unused(resolver: _Resolver) -> tuple[str, ...]:

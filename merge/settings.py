@@ -20,15 +20,17 @@ def settings_of(method: str, given: Mapping[str, Any], labels: Sequence[str]) ->
         if not parameter.each:
             shared[name] = checked(name, value, parameter)
             continue
-        values = list(value) if isinstance(value, Sequence) else [value] * len(labels)
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        values = list(value) if several else [value] * len(labels)
         if len(values) != len(labels):
             raise InputError(f"{name}: {len(values)} values given for {len(labels)} models")
-        each[name] = tuple(checked(name, one, parameter) for one in values)
+        pairs = zip(values, labels, strict=True)
+        each[name] = tuple(checked(name, one, parameter, whose=f" for {label}") for one, label in pairs)
     check_together(method, shared, each)
     return {"shared": shared, "each": each}
 
 
-def checked(name: str, value: Any, parameter: Parameter) -> Any:
+def checked(name: str, value: Any, parameter: Parameter, *, whose: str = "") -> Any:
     """Return a parameter's value as its kind.
 
     Raises:
@@ -37,7 +39,11 @@ def checked(name: str, value: Any, parameter: Parameter) -> Any:
     if value is None:
         if parameter.optional or parameter.unused:
             return None
-        raise InputError(f"{name}: a value is needed")
+        raise InputError(f"{name}: a {'folder' if parameter.kind is str else 'value'} is needed{whose}")
+    if parameter.kind is str:
+        if not isinstance(value, str) or not value:
+            raise InputError(f"{name} is {value!r}: a folder is needed")
+        return value
     if parameter.kind is bool or isinstance(value, bool):
         if parameter.kind is not bool or not isinstance(value, bool):
             raise InputError(
@@ -60,6 +66,8 @@ def check_together(method: str, shared: Mapping[str, Any], each: Mapping[str, Se
     nothing = weights and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights))
     if nothing and (method, shared.get("normalize")) == ("linear", True):
         raise InputError(f"weights {list(weights)} add up to 0: nothing to divide by; give others or normalize: false")
+    if nothing and method in ("fisher", "regmean"):
+        raise InputError(f"weights {list(weights)} add up to 0: one model at least has to count")
     if nothing and shared.get("normalize_weights"):
         raise InputError(f"weights {list(weights)} add up to 0: give others or normalize_weights: false")
     if method in ("della", "della_linear"):

@@ -84,7 +84,7 @@ def collect(
     def sums(tile: Box) -> np.ndarray:
         delta = read(tile)
         kept = keep(sparsifier, name, delta, found, shape, tile)
-        return np.array([one.abs().sum(dtype=torch.float64).item() for one in (delta, kept)])
+        return np.array([one.abs().sum().item() for one in (delta, kept)])  # of a tile; of all in float64
 
     before, after = sum(spread(sums, tiles), np.zeros(2))
     return Kept(cut=found.cut, outliers=found.outliers, factor=before / after if min(before, after) >= SMALLEST else 1)
@@ -106,9 +106,11 @@ def keep(
         assert kept.cut is not None, "a cut was not collected"
         found = trim(delta, kept.cut, shape, box)
         return found if kept.outliers is None else found - trim(delta, kept.outliers, shape, box)
-    chance = uniform_at(f"{sparsifier.key}/{name}", box)
-    probability = chances(delta, sparsifier) if sparsifier.kind == "ranked" else sparsifier.density
-    return torch.where(chance < probability, delta, 0.0)
+    # Below zero where it stays; the sign, spread over all bits, is the mask. (torch.where takes five times as long.)
+    over = uniform_at(f"{sparsifier.key}/{name}", box)
+    over -= chances(delta, sparsifier) if sparsifier.kind == "ranked" else sparsifier.density
+    mask = over.view(torch.int32).bitwise_right_shift_(31)
+    return mask.bitwise_and_(delta.view(torch.int32)).view(torch.float32)
 
 
 def chances(delta: torch.Tensor, sparsifier: Sparsifier) -> torch.Tensor:

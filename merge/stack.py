@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from merge import sparsify
 from merge.reads import Operand, Reads
 from merge.sparsify import Kept, Sparsifier
 from parallel.errors import InputError
+from parallel.families import Kind
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from merge.gram import Gram
 
 CHUNK = 4096
 """Products summed in float32 before they are added up in float64."""
@@ -29,6 +33,10 @@ class Order:
     """Values of the method's parameters."""
     each: Mapping[str, tuple[Any, ...]]
     """Values of those that every model has of its own, one an operand."""
+    fishers: tuple[Operand, ...] = ()
+    """Of fisher: the tensor of each model's diagonal Fisher, one an operand."""
+    grams: "tuple[Gram, ...]" = ()
+    """Of regmean: where each operand's Gram matrix is; none if the tensor is no linear layer's weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,7 @@ class Stack:
     """A tensor of the merged model, and those that it is made from."""
 
     name: str
+    kind: Kind
     shape: tuple[int, ...]
     order: Order
     reads: Reads
@@ -82,6 +91,17 @@ class Stack:
         """Return a box of the base in float32; not to be changed."""
         assert self.order.base is not None, f"{self.name} has no base"
         return self.reads.read(self.name, self.order.base, box, self.inner[self.order.base])
+
+    def fishers(self, box: Box) -> list[torch.Tensor]:
+        """Return a box of each model's diagonal Fisher in float32; not to be changed."""
+        return [self.reads.read(self.name, one, box, self.inner[one]) for one in self.order.fishers]
+
+    def whole(self, operand: Operand) -> torch.Tensor:
+        """Return a whole tensor in float32: for methods whose working set is a matrix."""
+        values = torch.empty(self.shape)
+        for tile in self.tiles:
+            values[tile] = self.reads.fresh(operand, tile, self.inner[operand])
+        return values
 
     def delta(self, number: int, box: Box) -> torch.Tensor:
         """Return a box of what a model adds to the base; not to be changed."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A number or switch that a method goes by."""
+    """A number, switch or, of kind `str`, folder that a method goes by."""
 
     kind: type = float
     default: Any = None
@@ -46,6 +46,7 @@ LINEAR = "arXiv 2203.05482"
 TASK = "arXiv 2212.04089"
 DELLA = {"epsilon": Parameter(each=True, default=0.15, low=0, high=1)}
 BREADCRUMBS = {"gamma": Parameter(each=True, default=0.01, low=0, high=1)}
+SHARE = Parameter(each=True, default=1.0, low=0)
 RAM = {"epsilon": Parameter(default=1e-5, low=0)}
 
 
@@ -169,5 +170,22 @@ METHODS: dict[str, Method] = {
         parameters={"scale": Parameter(each=True, optional=True)},
         source="depth stacking by slices, without arithmetic",
     ),
+    "fisher": Method(
+        parameters={
+            "fisher": Parameter(kind=str, each=True),
+            "weight": SHARE,
+            "floor": Parameter(default=1e-6, low=1e-12),
+        },
+        source="arXiv 2111.09832",
+    ),
+    "regmean": Method(
+        parameters={
+            "gram": Parameter(kind=str, each=True),
+            "weight": SHARE,
+            "alpha": Parameter(default=0.9, low=0, high=1),
+        },
+        source="arXiv 2212.09849",
+    ),
+    "tsv": Method(base="needed", parameters={"lambda": Parameter(default=1.0)}, source="arXiv 2412.00081"),
 }
-"""A merge method a name, as mergekit 0.1.5 calls them."""
+"""A merge method a name, as mergekit 0.1.5 calls them; it has none of the last three."""

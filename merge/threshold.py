@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from checkpoint.source import Box, Map
 
@@ -48,13 +49,12 @@ def find_cuts(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequ
         return [Cut(pattern=0, last=size - 1) for _ in models]
 
     def high(tile: Box) -> np.ndarray:
-        return np.stack([_count(bits >> LOW, 1 << 16) for bits in map(magnitudes, read(tile))])
+        return np.stack([_count(magnitudes(values).bitwise_right_shift_(LOW), 1 << 16) for values in read(tile)])
 
     bins, left = _locate(_total(high, tiles, spread), keep)
 
     def low(tile: Box) -> np.ndarray:
-        found = zip(map(magnitudes, read(tile)), bins, strict=True)
-        return np.stack([_count((bits & ((1 << LOW) - 1))[bits >> LOW == where], 1 << LOW) for bits, where in found])
+        return np.stack([_lows(values, where) for values, where in zip(read(tile), bins, strict=True)])
 
     counts = _total(low, tiles, spread)
     lows, left = _locate(counts, left)
@@ -64,8 +64,8 @@ def find_cuts(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequ
         return [Cut(pattern=pattern, last=size - 1) for pattern in patterns]
 
     def ties(tile: Box) -> np.ndarray:
-        found = zip(map(magnitudes, read(tile)), patterns, strict=True)
-        return np.array([(bits == pattern).sum().item() for bits, pattern in found])
+        found = zip(read(tile), patterns, strict=True)
+        return np.array([np.count_nonzero(magnitudes(values).numpy() == pattern) for values, pattern in found])
 
     before = np.cumsum([np.zeros(len(keep), dtype=np.int64), *_windows(ties, tiles, spread)], axis=0)
     cuts = []
@@ -83,13 +83,32 @@ def find_cuts(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequ
 
 def trim(delta: torch.Tensor, cut: Cut, shape: Sequence[int], box: Box) -> torch.Tensor:
     """Return a box of a tensor with what the cut drops set to zero."""
-    bits = magnitudes(delta)
-    stays = bits > cut.pattern
-    tied = bits == cut.pattern
-    if tied.any():
-        index = torch.from_numpy(np.ravel_multi_index(tuple(np.ogrid[box]), tuple(shape)))
-        stays |= tied & (index <= cut.last)
-    return torch.where(stays, delta, 0.0)
+    first, last = _ends(shape, box)
+    if last <= cut.last or first > cut.last or delta.numel() == 0:
+        # Of those that equal the smallest that stays all do, or none does: one comparison for all.
+        largest = cut.pattern - (last <= cut.last)
+        if largest < 0:
+            return delta
+        return F.hardshrink(delta, float(np.int32(largest).view(np.float32)))
+    bits = magnitudes(delta).numpy()
+    index = np.ravel_multi_index(tuple(np.ogrid[box]), tuple(shape))
+    stays = (bits > cut.pattern) | ((bits == cut.pattern) & (index <= cut.last))
+    return delta * torch.from_numpy(stays)
+
+
+def _ends(shape: Sequence[int], box: Box) -> tuple[int, int]:
+    """Return the row-major indices of a box's first and last element."""
+    first = last = 0
+    for size, part in zip(shape, box, strict=True):
+        first, last = first * size + part.start, last * size + part.stop - 1
+    return first, last
+
+
+def _lows(values: torch.Tensor, where: int) -> np.ndarray:
+    """Count the low bits of the magnitudes that lie in a bin."""
+    bits = magnitudes(values).flatten().numpy()
+    found = bits[bits >> LOW == where]
+    return np.bincount(found & ((1 << LOW) - 1), minlength=1 << LOW)
 
 
 def magnitudes(values: torch.Tensor) -> torch.Tensor:

@@ -285,6 +285,48 @@ def arcee_fusion(base: Array, models: list[Array]) -> Array:
     return np.where(importance >= median + 1.5 * (third - first), models[0], base)
 
 
+def fisher(
+    base: Array | None, models: list[Array], *, fisher: list[Array], weight: list[float], floor: float = 1e-6
+) -> Array:
+    mean = sum(f.sum() for f in fisher) / (len(fisher) * fisher[0].size)
+    out = np.zeros_like(models[0])
+    for place in np.ndindex(out.shape):
+        shares = [w * max(f[place], floor * mean) for w, f in zip(weight, fisher, strict=True)]
+        out[place] = sum(share * x[place] for share, x in zip(shares, models, strict=True)) / sum(shares)
+    return out
+
+
+def regmean(
+    base: Array | None, models: list[Array], *, gram: list[Array] | None, weight: list[float], alpha: float = 0.9
+) -> Array:
+    """With Gram matrices a token, or without any: the mean."""
+    if gram is None:
+        return linear(base, models, weight=weight)
+    left, right = np.zeros_like(gram[0]), np.zeros_like(models[0].T)
+    for w, g, x in zip(weight, gram, models, strict=True):
+        scaled = w * (alpha * g + (1 - alpha) * np.diag(np.diag(g)))
+        left, right = left + scaled, right + scaled @ x.T
+    return (np.linalg.inv(left) @ right).T
+
+
+def whitened(x: Array) -> Array:
+    """X (X^T X)^-1/2, as the paper has it; the code takes the other way round, singular vectors."""
+    values, vectors = np.linalg.eigh(x.T @ x)
+    return x @ (vectors / np.sqrt(values)) @ vectors.T
+
+
+def tsv(base: Array, models: list[Array], *, matrix: bool, **given: float) -> Array:
+    deltas = [x - base for x in models]
+    total = sum(deltas) / len(deltas)
+    if matrix:
+        rank = min(base.shape) // len(models)
+        u, s, v = zip(*(np.linalg.svd(delta, full_matrices=False) for delta in deltas), strict=True)
+        left = whitened(np.concatenate([one[:, :rank] for one in u], axis=1))
+        right = whitened(np.concatenate([one[:rank].T for one in v], axis=1))
+        total = left @ np.diag(np.concatenate([one[:rank] for one in s])) @ right.T
+    return base + given.get("lambda", 1.0) * total
+
+
 METHODS: dict[str, Callable[..., Array]] = {
     "linear": linear,
     "passthrough": passthrough,
@@ -306,4 +348,7 @@ METHODS: dict[str, Callable[..., Array]] = {
     "ram": ram,
     "ramplus_tl": ramplus_tl,
     "arcee_fusion": arcee_fusion,
+    "fisher": fisher,
+    "regmean": regmean,
+    "tsv": tsv,
 }

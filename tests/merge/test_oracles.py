@@ -52,7 +52,12 @@ CASES = [
     ("ram", 3, True, None, {"epsilon": 0.02}),
     ("ramplus_tl", 3, True, None, {"epsilon": 0.02, "r": 0.4, "alpha": 0.7}),
     ("arcee_fusion", 1, True, None, {}),
+    ("tsv", 1, True, None, {}),
+    ("tsv", 3, True, None, {}),
+    ("tsv", 4, True, None, {"lambda": 0.7}),
 ]
+STATISTICAL = {"fisher", "regmean"}
+"""Methods whose cases are in test_statistical_methods.py: they go by statistics of real models."""
 
 
 def merged_of(
@@ -82,11 +87,13 @@ def oracle(
     if method.startswith(("dare", "della")):
         box = tuple(slice(0, size) for size in tensors[0].shape)
         given["uniform"] = lambda number: uniform_at(f"{SEED}/m{number}/{name}", box).numpy()
+    if method == "tsv":
+        given["matrix"] = name == MATRIX
     return ORACLES[method](tensors[0] if based else None, tensors[1:], **given)
 
 
 def test_all_methods_have_an_oracle_and_a_case() -> None:
-    assert {case[0] for case in CASES} == set(ORACLES) == set(METHODS)
+    assert {case[0] for case in CASES} | STATISTICAL == set(ORACLES) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", [MATRIX, NORM, EMBEDDING])

@@ -106,6 +106,15 @@ parameters:
         same(found.merged, t(0.25), [f"model.layers.{layer}.input_layernorm.weight", EMBEDDING])
 
 
+def test_switches_may_be_quoted(tmp_path):
+    text = TIES + "parameters: {normalize: 'false', rescale: \"Yes\", lambda: '5e-1'}\n"
+    shared = applied(tmp_path, text).merged.orders[MATRIX].shared
+    assert (shared["normalize"], shared["rescale"], shared["lambda"]) == (False, True, 0.5)
+    assert refused(tmp_path, TIES + "parameters: {normalize: 'perhaps'}\n") == (
+        ":4: normalize is 'perhaps': true or false is needed"
+    )
+
+
 def test_a_gradient_between_layers_and_outside_of_them(tmp_path):
     three = {name: model(seed, num_hidden_layers=3) for seed, name in enumerate(("base", "swe"))}
     text = "models:\n  - {model: swe, parameters: {weight: [0.2, 0.8]}}\n  - {model: base, parameters: {weight: 1}}\n"
@@ -154,6 +163,38 @@ def test_a_head_of_its_own_beside_a_tied_one(tmp_path):
     assert merged.config["tie_word_embeddings"] is False
     wanted = (read_tensor(models["swe"], EMBEDDING) + read_tensor(models["est"], HEAD)) / 2
     assert torch.equal(read_tensor(merged, HEAD), wanted)
+
+
+def test_filters_see_a_tied_head_by_its_own_name(tmp_path):
+    models = {"swe": model(1), "est": model(2, tie_word_embeddings=False)}
+    text = (
+        "models: [{model: swe}, {model: est}]\nmerge_method: linear\nparameters:\n  normalize: false\n"
+        "  weight: [{filter: lm_head, value: 0.25}, {filter: embed, value: 2}, {value: 1}]\n"
+    )
+    merged = applied(tmp_path, text, models).merged
+    wanted = (read_tensor(models["swe"], EMBEDDING) + read_tensor(models["est"], HEAD)) / 4
+    assert torch.equal(read_tensor(merged, HEAD), wanted)
+
+
+def test_slices_without_the_base_model(tmp_path):
+    """Frequent in published stacks: the base gives config and tokenizer, no layers; passthrough needs none of it."""
+    slices = (
+        "slices: [{sources: [{model: swe, layer_range: [0, 2]}]}, {sources: [{model: est, layer_range: [1, 2]}]}]\n"
+    )
+    merged = applied(tmp_path, slices + "merge_method: passthrough\nbase_model: base\n").merged
+    assert merged.config["num_hidden_layers"] == 3
+    same(merged, MODELS["swe"])
+    # Nor is its head: that of what is merged counts.
+    models = {
+        "base": model(0),
+        **{name: model(seed, tie_word_embeddings=False) for seed, name in ((1, "swe"), (2, "est"))},
+    }
+    merged = applied(tmp_path, slices + "merge_method: passthrough\nbase_model: base\n", models).merged
+    assert merged.config["tie_word_embeddings"] is False
+    assert torch.equal(read_tensor(merged, HEAD), read_tensor(models["est"], HEAD))
+    assert refused(tmp_path, slices + "merge_method: multislerp\nbase_model: base\nparameters: {weight: 1}\n") == (
+        ":1: the slice has no layers of the base model base"
+    )
 
 
 LINEAR = (

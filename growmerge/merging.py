@@ -1,0 +1,177 @@
+"""`growmerge merge`: a recipe to a checkpoint in any format, straight from models in any format."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.files import read_json
+from checkpoint.lora import apply_lora
+from checkpoint.open import open_checkpoint
+from checkpoint.source import Source
+from growmerge.convert import COMPANIONS, Target, record_of, write_target
+from growmerge.hub import NAME, PREFIX, place
+from merge.apply import Applied, apply_recipe
+from merge.chat import chat_template
+from merge.recipe import Recipe, read_recipe
+from merge.table import METHODS
+from merge.token_requests import read_request
+from merge.tokenizer_files import read_tokenizer
+from merge.tokenizers import MergedVocabulary, merged_vocabulary
+from merge.vocabulary import aligned, moved_ids
+from parallel.errors import InputError
+
+WRITTEN = "mergekit_config.yml"
+"""The recipe beside its result, under the name that mergekit gives it."""
+
+
+@dataclass(kw_only=True)
+class Models:
+    """Opens the models that a recipe names: paths from its folder or the current one, or names on the Hub."""
+
+    file: Path
+    recipe: Recipe
+    folders: dict[str, list[Path]] = field(default_factory=dict)
+    """Of each model that was opened: its own, and its adapter's."""
+    vocabulary: MergedVocabulary | None = None
+
+    def open(self, name: str) -> Source:
+        """Return a model as the recipe names it, with its adapter.
+
+        Raises:
+            InputError: no such model, or one that cannot be read.
+        """
+        model, _, adapter = name.partition("+") if not self._is_there(name) else (name, "", "")
+        folder = self.place(model)
+        self.folders[name] = [folder]
+        source = open_checkpoint(folder)
+        if adapter:
+            self.folders[name].append(self.place(adapter))
+            source = apply_lora(source, self.folders[name][1])
+        return source
+
+    def place(self, name: str) -> Path:
+        """Return the folder of a model or adapter."""
+        for base in (self.file.parent, Path()):
+            if (base / name).is_dir():
+                return base / name
+        hub = name if name.startswith(PREFIX) else PREFIX + name
+        if NAME.fullmatch(hub):
+            return place(self.file.parent, hub)
+        raise InputError("no such folder, neither beside the recipe nor here")
+
+    def _is_there(self, name: str) -> bool:
+        return any((base / name).is_dir() for base in (self.file.parent, Path()))
+
+    def align(self, models: Mapping[str, Source]) -> dict[str, Source]:
+        """Return the models over the output's vocabulary, if the recipe asks for one.
+
+        Raises:
+            InputError: tokenizers that are missing or do not fit, with the recipe's line.
+        """
+        recipe = self.recipe
+        asked = recipe.tokenizer if recipe.tokenizer is not None else recipe.tokenizer_source
+        if asked is None:
+            return dict(models)
+        try:
+            request = read_request(asked)
+            tokenizers = [
+                read_tokenizer(name, self.folders[name][0], source.config["vocab_size"])
+                for name, source in models.items()
+            ]
+            self.vocabulary = merged_vocabulary(tokenizers, request, base=recipe.base)
+            return {name: aligned(name, models, self.vocabulary) for name in models}
+        except InputError as error:
+            key = "tokenizer_source" if recipe.tokenizer is None else "tokenizer"
+            raise InputError(f"{recipe.at(key)}: {error}") from None
+
+
+def apply_file(
+    path: Path, *, seed: int = 0, lenient: bool = False, allow_unrelated: bool = False
+) -> tuple[Applied, Models]:
+    """Read a recipe and open its models.
+
+    Raises:
+        InputError: anything wrong with it, with its line.
+    """
+    recipe = read_recipe(path, lenient=lenient)
+    models = Models(file=path, recipe=recipe)
+    applied = apply_recipe(
+        recipe, models.open, align=models.align, place=models.place, seed=seed, allow_unrelated=allow_unrelated
+    )
+    models.recipe = applied.recipe
+    return applied, models
+
+
+def merge_file(target: Target, applied: Applied, models: Models) -> str:
+    """Write what a recipe comes to; return what is said of it.
+
+    Raises:
+        InputError: the target is taken or cannot be written, a model holds a value that is not finite.
+    """
+    folders = [folder for name in models.recipe.models for folder in models.folders[name]]
+    parents = []
+    for name in models.recipe.models:
+        record = record_of(models.folders[name][0])
+        parents.append({**record, "name": record.get("name", name)})
+    about = {key: value for key, value in applied.merged.run.provenance.items() if key in ("verb", "recipe")}
+    return write_target(
+        applied.merged, target, made=about, parents=parents, inputs=folders, files=files_beside(applied, models, target)
+    )
+
+
+def files_beside(applied: Applied, models: Models, target: Target) -> dict[str, bytes]:
+    """Return the small files of a merged model: tokenizer, generation config, recipe and card."""
+    recipe = models.recipe
+    first = models.folders[recipe.models[0]][0]
+    found = {name: (first / name).read_bytes() for name in COMPANIONS if (first / name).is_file()}
+    if models.vocabulary is not None:
+        generation = found.get("generation_config.json")
+        found = dict(models.vocabulary.files)
+        if generation is not None:
+            config = read_json(first / "generation_config.json")
+            moved = {**config, **moved_ids(config, models.vocabulary, recipe.models[0])}
+            found["generation_config.json"] = _json(moved)
+    if recipe.chat_template is not None:
+        try:
+            template = chat_template(
+                recipe.chat_template, {name: _template(models.folders[name][0]) for name in recipe.models}
+            )
+        except InputError as error:
+            raise InputError(f"{recipe.at('chat_template')}: {error}") from None
+        if template is not None:
+            found["chat_template.jinja"] = template.encode()
+    found[WRITTEN] = recipe.text.encode()
+    found["README.md"] = card(target.folder.name, applied, models).encode()
+    return found
+
+
+def _template(folder: Path) -> str | None:
+    """Return a model's chat template."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text()
+    path = folder / "tokenizer_config.json"
+    own = read_json(path).get("chat_template") if path.is_file() else None
+    return own if isinstance(own, str) else None
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def card(name: str, applied: Applied, models: Models) -> str:
+    """Return a merged model's README.md."""
+    recipe, merged = models.recipe, applied.merged
+    lines = [
+        *("---", "library_name: transformers", "tags:", "- growmerge", "- mergekit", "- merge", "---", ""),
+        *(f"# {name}", ""),
+        f"Merged by growmerge with the method `{recipe.method}` ({METHODS[recipe.method].source}), seed {merged.seed}.",
+        "A plain Hugging Face folder: `AutoModelForCausalLM.from_pretrained` loads it without custom code.",
+        *("", "## Models", ""),
+        *(f"- {one}{' (base)' if one == recipe.base else ''}" for one in recipe.models),
+        *("", "## Recipe", "", "```yaml", recipe.text.strip(), "```"),
+    ]
+    if merged.notes:
+        lines += ["", "## Notes", "", *(f"- {note.removeprefix(f'{recipe.file}:')}" for note in merged.notes)]
+    return "\n".join(lines) + "\n"
