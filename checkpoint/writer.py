@@ -25,7 +25,7 @@ from checkpoint.manifest import BLOCK, NAME, block_hash, write_manifest
 from checkpoint.source import Source, box_shape, flat_tiles
 from parallel.errors import InputError
 from parallel.faults import point
-from parallel.memory import give_back_freed
+from parallel.memory import give_back_freed, keep_freed
 
 PROGRESS = ".unfinished.json"
 """Which files an unfinished folder has whole; gone once the manifest is there."""
@@ -64,6 +64,7 @@ def write_checkpoint(
     hashes = _written(folder, key) if about is not None else {}
     _record(folder, key, hashes)
     buffers = threading.local()
+    keep_freed()
     with ThreadPoolExecutor(max_workers=workers, initializer=_alone) as pool:
         for plan in plans:
             path = inside(folder, plan.name)

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import psutil
 
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+_LIBC = ctypes.CDLL(None)
+_TRIM, _OPTION = getattr(_LIBC, "malloc_trim", None), getattr(_LIBC, "mallopt", None)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""glibc's names of what is set, M_TRIM_THRESHOLD and so on."""
 
 
 def give_back_freed() -> None:
@@ -16,6 +19,17 @@ def give_back_freed() -> None:
     """
     if _TRIM is not None:
         _TRIM(0)
+
+
+def keep_freed() -> None:
+    """Let this process use again what it frees.
+
+    By default glibc gives a block of a megabyte back to the system as soon as it is freed, and takes it anew, page by
+    page, a moment later: a fifth of the time of a merge.
+    """
+    if _OPTION is not None:
+        _OPTION(_TRIM_THRESHOLD, 256 << 20)
+        _OPTION(_MMAP_THRESHOLD, 32 << 20)  # the largest that there may be
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
