@@ -17,9 +17,9 @@ import torch
 import xxhash
 
 from checkpoint import manifest
+from checkpoint.blocks import PIECE
 from checkpoint.files import disk_errors, read_json, write_bytes, write_json
 from checkpoint.manifest import BLOCK
-from checkpoint.writer import PIECE
 from parallel.errors import InputError
 from parallel.faults import point
 

@@ -1,0 +1,120 @@
+"""The writer: many checkpoints side by side are those written alone, and what is interrupted goes on within a file."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from tiny import tiny_config
+
+import checkpoint.writer as writing
+from checkpoint import manifest
+from checkpoint.memory import ScratchSource
+from checkpoint.safetensors import SafetensorsLayout, open_safetensors
+from checkpoint.source import Wrapped, read_tensor
+from checkpoint.writer import PROGRESS, Output, write_checkpoint, write_checkpoints
+from checkpoint.zero3_layout import Zero3Layout
+from parallel.errors import InputError
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def source(seed=0, vocab_size=300_000):
+    """A model whose file has three blocks."""
+    return ScratchSource(config=tiny_config(vocab_size=vocab_size), seed=seed)
+
+
+@dataclass(frozen=True)
+class Watched(Wrapped):
+    """A source that notes what is read, and stops when so many boxes of the embedding are."""
+
+    boxes: list = field(default_factory=list)
+    until: int | None = None
+    error: type[BaseException] = KeyboardInterrupt
+
+    def read(self, name, box, out, stats=None):
+        if name == EMBEDDING:
+            if len(self.boxes) == self.until:
+                raise self.error
+            self.boxes.append(box[0].start)
+        super().read(name, box, out, stats)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".pt")}
+
+
+@pytest.mark.parametrize("layout", [SafetensorsLayout(shard_size=10**5), Zero3Layout(ranks=3, bf16=False)])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_side_by_side_or_alone_the_bytes_are_the_same(tmp_path, layout, workers):
+    sources = [source(seed, vocab_size=2000) for seed in range(3)]
+    outputs = [
+        Output(source=one, folder=tmp_path / f"{seed}", about={"seed": seed}) for seed, one in enumerate(sources)
+    ]
+    hashes = write_checkpoints(outputs, layout, workers=workers)
+    assert len(set(hashes)) == 3
+    for seed, one in enumerate(sources):
+        assert write_checkpoint(one, tmp_path / f"alone-{seed}", layout, about={"seed": seed}) == hashes[seed]
+        assert files(tmp_path / f"{seed}") == files(tmp_path / f"alone-{seed}")
+        manifest.check(tmp_path / f"{seed}")
+
+
+def test_an_interrupted_file_goes_on_behind_its_last_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "EVERY_S", 0)
+    about = {"name": "x"}
+    whole = write_checkpoint(source(), tmp_path / "whole", SafetensorsLayout(), about=about)
+    first = Watched(source(), until=50)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(first, tmp_path / "cut", SafetensorsLayout(), about=about)
+    part = json.loads((tmp_path / "cut" / PROGRESS).read_text())
+    assert part["part_of"] == "model.safetensors" and len(part["part"]) == 1
+    again = Watched(source())
+    assert write_checkpoint(again, tmp_path / "cut", SafetensorsLayout(), about=about) == whole
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    rows = 2**24 // (32 * 4)  # of a block
+    assert rows - 5000 < min(again.boxes) <= rows
+    manifest.check(tmp_path / "cut")
+
+
+def test_the_slowest_of_several_decides_where_they_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "EVERY_S", 0)
+
+    def outputs(until=None):
+        return [
+            Output(source=Watched(source(seed), until=until), folder=tmp_path / f"{seed}", about={"seed": seed})
+            for seed in range(2)
+        ]
+
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoints(outputs(until=72), SafetensorsLayout())
+    note = json.loads((tmp_path / "1" / PROGRESS).read_text())
+    (tmp_path / "1" / PROGRESS).write_text(json.dumps({**note, "part": note["part"][:1]}))
+    write_checkpoints(outputs(), SafetensorsLayout())
+    for seed in range(2):
+        found = open_safetensors(tmp_path / f"{seed}")
+        assert torch.equal(read_tensor(found, EMBEDDING), read_tensor(source(seed), EMBEDDING))
+        manifest.check(tmp_path / f"{seed}")
+
+
+def test_what_is_of_another_source_or_shorter_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "EVERY_S", 0)
+    for change in ("about", "size"):
+        folder = tmp_path / change
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(Watched(source(), until=50), folder, SafetensorsLayout(), about={"name": "x"})
+        if change == "size":
+            with (folder / "model.safetensors").open("r+b") as file:
+                file.truncate(10**6)
+        again = Watched(source())
+        write_checkpoint(again, folder, SafetensorsLayout(), about={"name": "y" if change == "about" else "x"})
+        assert min(again.boxes) == 0
+
+
+def test_an_error_leaves_no_half_written_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "EVERY_S", 0)
+    for error in (InputError, OSError):
+        with pytest.raises(error):
+            write_checkpoint(
+                Watched(source(), until=50, error=error), tmp_path / "x", SafetensorsLayout(), about={"name": "x"}
+            )
+        assert [path.name for path in (tmp_path / "x").iterdir()] == [PROGRESS]
