@@ -330,6 +330,23 @@ def merge(source: Path, seed: int, lenient: bool, allow_unrelated: bool, dry_run
 
 
 @main.command()
+@_targets
+@click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers.")
+@click.option("--allow-unrelated", is_flag=True, help="Merge models known not to stem from the base, too.")
+@click.option("--recipes", is_flag=True, help="Write each merge's recipe instead of the model.")
+@click.option("--dry-run", is_flag=True, help="Check the spec and its models, list the merges, and stop.")
+def sweep(source: Path, seed: int, allow_unrelated: bool, recipes: bool, dry_run: bool, **given: Any) -> None:
+    """Merge what the spec SOURCE asks for, subsets x methods x parameters, into TARGET; models are read once."""
+    from growmerge.sweeping import sweep_file
+
+    target = _target(given)
+    for line in sweep_file(
+        source, target, seed=seed, allow_unrelated=allow_unrelated, recipes_only=recipes, dry_run=dry_run
+    ):
+        click.echo(line, err=line.startswith("note: "))
+
+
+@main.command()
 @click.argument("small", type=click.Path(path_type=Path))
 @click.argument("grown", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score; a short English one by default.")

@@ -20,7 +20,7 @@ from checkpoint.provenance import descend
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import Source, WithoutState
 from checkpoint.universal_layout import UniversalLayout
-from checkpoint.writer import PROGRESS, write_checkpoint
+from checkpoint.writer import PROGRESS, Output, write_checkpoints
 from checkpoint.zero3_layout import Zero3Layout
 from growmerge import __version__
 from parallel.errors import InputError, one_of
@@ -142,7 +142,34 @@ def write_target(
     inputs: Sequence[Path],
     files: Mapping[str, bytes],
 ) -> str:
-    """Write a source where it goes, unless it is there; return what is said of it.
+    """Write a source where it goes, unless it is there; return what is said of it. Arguments as of `planned`.
+
+    Raises:
+        InputError: the target is taken or cannot be written; an unknown format or dtype.
+    """
+    folder = target.folder
+    output, layout = planned(source, target, made=made, parents=parents, inputs=inputs, files=files)
+    if output is None:
+        return f"nothing to do: {folder} is there and whole"
+    try:
+        write_checkpoints([output], layout, workers=target.workers or os.cpu_count() or 1)
+    except NotFiniteError:
+        shutil.rmtree(folder)  # there is no going on
+        raise
+    size = sum(entry["size"] for entry in manifest.read_manifest(folder)["files"].values())
+    return f"{folder}: {target.format}, {size:,} bytes"
+
+
+def planned(
+    source: Source,
+    target: Target,
+    *,
+    made: Mapping[str, Any],
+    parents: Sequence[Mapping[str, Any]],
+    inputs: Sequence[Path],
+    files: Mapping[str, bytes],
+) -> tuple[Output | None, Layout]:
+    """Return what is to be written, and how; nothing if it is there.
 
     Args:
         made: verb and recipe, for provenance.
@@ -151,7 +178,7 @@ def write_target(
         files: further files, by name.
 
     Raises:
-        InputError: the target is taken or cannot be written; an unknown format or dtype.
+        InputError: the target is taken; an unknown format or dtype.
     """
     for what, value, allowed in (("format", target.format, LAYOUTS), ("dtype", target.dtype or "float32", DTYPES)):
         if value not in allowed:
@@ -180,17 +207,10 @@ def write_target(
         manifest.check(folder)
         if target.finite:
             Finite(open_checkpoint(folder), folder).scan()
-        return f"nothing to do: {folder} is there and whole"
+        return None, layout
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROGRESS).is_file():
         raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
-    workers = target.workers or os.cpu_count() or 1
-    try:
-        write_checkpoint(source, folder, layout, workers=workers, about=about, extra_files=files)
-    except NotFiniteError:
-        shutil.rmtree(folder)  # there is no going on
-        raise
-    size = sum(entry["size"] for entry in manifest.read_manifest(folder)["files"].values())
-    return f"{folder}: {target.format}, {size:,} bytes"
+    return Output(source=source, folder=folder, about=about, files=files), layout
 
 
 def _fingerprint(folder: Path) -> str:

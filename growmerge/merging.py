@@ -42,7 +42,7 @@ class Models:
         Raises:
             InputError: no such model, or one that cannot be read.
         """
-        model, _, adapter = name.partition("+") if not self._is_there(name) else (name, "", "")
+        model, _, adapter = name.partition("+") if not self.is_there(name) else (name, "", "")
         folder = self.place(model)
         self.folders[name] = [folder]
         source = open_checkpoint(folder)
@@ -61,7 +61,8 @@ class Models:
             return place(self.file.parent, hub)
         raise InputError("no such folder, neither beside the recipe nor here")
 
-    def _is_there(self, name: str) -> bool:
+    def is_there(self, name: str) -> bool:
+        """Whether a name is a folder, beside the recipe or here."""
         return any((base / name).is_dir() for base in (self.file.parent, Path()))
 
     def align(self, models: Mapping[str, Source]) -> dict[str, Source]:
@@ -110,20 +111,28 @@ def merge_file(target: Target, applied: Applied, models: Models) -> str:
     Raises:
         InputError: the target is taken or cannot be written, a model holds a value that is not finite.
     """
-    folders = [folder for name in models.recipe.models for folder in models.folders[name]]
+    return write_target(applied.merged, target, **written_of(applied, models, target))
+
+
+def written_of(applied: Applied, models: Models, target: Target) -> dict[str, Any]:
+    """Return what `growmerge.convert.planned` has to know of a merge beside its source."""
+    recipe = applied.recipe
     parents = []
-    for name in models.recipe.models:
+    for name in recipe.models:
         record = record_of(models.folders[name][0])
         parents.append({**record, "name": record.get("name", name)})
-    about = {key: value for key, value in applied.merged.run.provenance.items() if key in ("verb", "recipe")}
-    return write_target(
-        applied.merged, target, made=about, parents=parents, inputs=folders, files=files_beside(applied, models, target)
-    )
+    provenance = applied.merged.run.provenance
+    return {
+        "made": {key: provenance[key] for key in ("verb", "recipe")},
+        "parents": parents,
+        "inputs": [folder for name in recipe.models for folder in models.folders[name]],
+        "files": files_beside(applied, models, target),
+    }
 
 
 def files_beside(applied: Applied, models: Models, target: Target) -> dict[str, bytes]:
     """Return the small files of a merged model: tokenizer, generation config, recipe and card."""
-    recipe = models.recipe
+    recipe = applied.recipe
     first = models.folders[recipe.models[0]][0]
     found = {name: (first / name).read_bytes() for name in COMPANIONS if (first / name).is_file()}
     if models.vocabulary is not None:
@@ -143,7 +152,7 @@ def files_beside(applied: Applied, models: Models, target: Target) -> dict[str, 
         if template is not None:
             found["chat_template.jinja"] = template.encode()
     found[WRITTEN] = recipe.text.encode()
-    found["README.md"] = card(target.folder.name, applied, models).encode()
+    found["README.md"] = card(target.folder.name, applied).encode()
     return found
 
 
@@ -160,9 +169,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def card(name: str, applied: Applied, models: Models) -> str:
+def card(name: str, applied: Applied) -> str:
     """Return a merged model's README.md."""
-    recipe, merged = models.recipe, applied.merged
+    recipe, merged = applied.recipe, applied.merged
     lines = [
         *("---", "library_name: transformers", "tags:", "- growmerge", "- mergekit", "- merge", "---", ""),
         *(f"# {name}", ""),

@@ -42,10 +42,12 @@ def apply_recipe(
     place: Place = Path,
     seed: int = 0,
     allow_unrelated: bool = False,
+    reads: Reads | None = None,
 ) -> Applied:
     """Return the merged model. No tensor is read yet.
 
     Args:
+        reads: models that several merges share, by what the recipes call them; instead of a reading of its own.
         place: from a folder that the recipe names, of statistics or of a training run, to where it lies.
         seed: of methods that draw random numbers.
         allow_unrelated: merge models that are known not to stem from the base, too.
@@ -70,7 +72,10 @@ def apply_recipe(
             check_meaning(name, source, first, models[first], but=("tie_word_embeddings",))
         except InputError as error:
             raise InputError(f"{recipe.file}:{lines.get(name, 1)}: {error}") from error
-    resolved = resolve(recipe, {name: number for number, name in enumerate(models)}, sources)
+    reads = Reads(sources, [*models]) if reads is None else reads
+    numbers = {name: reads.labels.index(name) for name in models}
+    sources = [*reads.sources]
+    resolved = resolve(recipe, numbers, sources)
     notes = lint(recipe, models, resolved, allow_unrelated=allow_unrelated)
     informed = inform(
         recipe.method,
@@ -82,13 +87,13 @@ def apply_recipe(
     )
     return Applied(
         merged=MergedSource(
-            reads=Reads([*sources, *informed.fishers], [*models, *informed.labels]),
+            reads=reads.with_more(informed.fishers, informed.labels),
             method=recipe.method,
             orders=informed.orders,
             config=resolved.config,
             like=models[first],
             recipe={"method": recipe.method, "seed": seed, "text": recipe.text},
-            parents=tuple(range(len(sources))),
+            parents=tuple(numbers.values()),
             seed=seed,
             dtype=getattr(torch, recipe.dtype) if recipe.dtype else None,
             notes=(*notes, *informed.notes),

@@ -37,7 +37,7 @@ def _sparsifiers(stack: Stack, kind: Any) -> list[Sparsifier]:
             gamma=gamma,
             epsilon=epsilon,
             rescale=rescale,
-            key=f"{stack.seed}/{stack.label(number)}" if kind in ("random", "ranked") else "",
+            key=stack.random_key(number) if kind in ("random", "ranked") else "",
         )
         for number, (density, gamma, epsilon) in enumerate(
             zip(each["density"], each.get("gamma", nothing), each.get("epsilon", nothing), strict=True)

@@ -84,6 +84,7 @@ class MergedSource:
     def collect(self, name: str, spread: Map) -> Stats:
         order = self.orders[name]
         operands = [*order.operands, *([order.base] if order.base else []), *order.fishers]
+        operands += [Operand(model=number, name=name) for number in self.reads.together]
         inner = {one: self.reads.collect(name, one, spread) for one in operands}
         collect = RUNNERS[self.method].collect
         return Stats(inner=inner, method=collect and collect(self._stack(name, inner), spread))

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from checkpoint.source import Box, Map, Source, box_shape
+from merge.statistics_files import digest
 from parallel.errors import InputError
 
 Made = TypeVar("Made")
@@ -28,13 +29,28 @@ class Operand:
 class Reads:
     """Models that are read together, box by box."""
 
-    def __init__(self, sources: Sequence[Source], labels: Sequence[str]) -> None:
-        """Take the models and what messages call them."""
+    def __init__(self, sources: Sequence[Source], labels: Sequence[str], together: Sequence[int] = ()) -> None:
+        """Take the models, what messages call them, and the numbers of those of which a sweep merges subsets."""
+        self.together = tuple(together)
         self.sources = tuple(sources)
         self.labels = tuple(labels)
         self._of_box = threading.local()
         self._of_tensor: dict[str, dict[Any, Any]] = {}
+        self._identities: dict[int, str] = {}
         self._lock = threading.RLock()
+
+    def with_more(self, sources: Sequence[Source], labels: Sequence[str]) -> "Reads":
+        """Return a reading of more models behind these; this one, shared as it may be, if there are none."""
+        if not sources:
+            return self
+        return Reads((*self.sources, *sources), (*self.labels, *labels), self.together)
+
+    def identity(self, number: int) -> str:
+        """Return what a model is known by in random numbers' keys: its weights, wherever it lies in whatever format."""
+        with self._lock:
+            if number not in self._identities:
+                self._identities[number] = digest(self.sources[number])
+            return self._identities[number]
 
     def once_a_tensor(self, name: str, key: Any, make: Callable[[], Made]) -> Made:
         """Return what was made for this key while the same tensor was merged, or make it."""

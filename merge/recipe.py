@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.table import METHODS
-from parallel.document import Item, read_document
+from parallel.document import Item, parse_document, read_document
 from parallel.errors import InputError, one_of
 
 TOP = (
@@ -120,7 +120,12 @@ def read_recipe(path: Path, *, lenient: bool = False) -> Recipe:
     Raises:
         InputError: not a recipe: the line, what is given there and what is allowed.
     """
-    return _Reader(path, lenient).recipe(read_document(path))
+    return _Reader(path, lenient).recipe(read_document(path), path.read_text())
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """Read a recipe that is no file yet; a path is what messages call it."""
+    return _Reader(path, lenient=False).recipe(parse_document(text, path), text)
 
 
 class _Reader:
@@ -129,7 +134,7 @@ class _Reader:
         self._lenient = lenient
         self._warnings: list[str] = []
 
-    def recipe(self, top: Item) -> Recipe:
+    def recipe(self, top: Item, text: str) -> Recipe:
         keys = self._keys(top, "", TOP)
         given = [name for name in ("models", "slices", "modules") if name in keys]
         if len(given) != 1:
@@ -167,7 +172,7 @@ class _Reader:
             chat_template=texts.get("chat_template"),
             lines={name: item.line for name, item in keys.items()},
             warnings=tuple(self._warnings),
-            text=self._path.read_text(),
+            text=text,
         )
 
     def _module(self, keys: Mapping[str, Item]) -> tuple[dict[str, Item], Parameters]:

@@ -18,7 +18,7 @@ from parallel.families import Kind
 if TYPE_CHECKING:  # it takes seconds to import
     from merge.gram import Gram
 
-CHUNK = 4096
+CHUNK = 1024
 """Products summed in float32 before they are added up in float64."""
 
 
@@ -76,6 +76,10 @@ class Stack:
     def label(self, number: int) -> str:
         return self.reads.labels[self.order.operands[number].model]
 
+    def random_key(self, number: int) -> str:
+        """Return what the random numbers of a model depend on beside tensor and element."""
+        return f"{self.seed}/{self.reads.identity(self.order.operands[number].model)}"
+
     def error(self, problem: str) -> InputError:
         return InputError(f"{self.name}: {problem}")
 
@@ -105,11 +109,13 @@ class Stack:
 
     def delta(self, number: int, box: Box) -> torch.Tensor:
         """Return a box of what a model adds to the base; not to be changed."""
+        return self._delta(self.order.operands[number], box)
 
+    def _delta(self, operand: Operand, box: Box) -> torch.Tensor:
         def make() -> torch.Tensor:
-            return self.value(number, box) - self.base(box)
+            return self.reads.read(self.name, operand, box, self.inner[operand]) - self.base(box)
 
-        return self.reads.once_a_box(self.name, box, self._pair(number), make)
+        return self.reads.once_a_box(self.name, box, (operand, self.order.base), make)
 
     def deltas(self, box: Box) -> list[torch.Tensor]:
         return [self.delta(number, box) for number in range(self.count)]
@@ -155,34 +161,58 @@ class Stack:
         of: Literal["directions", "base and models"] = "directions",
     ) -> np.ndarray:
         """Return inner products, float64: [N, N], or [rows or columns, N, N]; of a vector, [1, N, N] for either."""
-        count = self.count + (of != "directions")
-        height = math.prod(self.shape[:-1])
+        asked = self._asked()
+        own = [asked.index(one) + (of != "directions") for one in self.order.operands]
+        if of != "directions":
+            own = [0, *own]
+        size = 1
+        if along != "all" and len(self.shape) > 1:
+            size = math.prod(self.shape[:-1]) if along == "rows" else self.shape[-1]
 
         def products(tile: Box) -> tuple[slice, np.ndarray]:
-            vectors = self.directions(tile) if of == "directions" else [self.base(tile), *self.values(tile)]
-            stacked = torch.stack([one.reshape(-1, one.shape[-1] if one.dim() else 1) for one in vectors])
-            if along == "all" or len(self.shape) < 2:
-                return slice(0, 1), _inner(stacked.flatten(1))[None]
-            lines = stacked.double().permute((1, 0, 2) if along == "rows" else (2, 0, 1))
-            part = tile[-1] if along == "columns" else slice(tile[0].start, tile[0].stop)
-            return part, (lines @ lines.transpose(1, 2)).numpy()
+            vectors = [self.reads.read(self.name, one, tile, self.inner[one]) for one in asked]
+            if of != "directions":
+                vectors = [self.base(tile), *vectors]
+            elif self.order.base is not None:
+                vectors = [self._delta(one, tile) for one in asked]
+            part = slice(0, 1) if size == 1 else tile[-1] if along == "columns" else tile[0]
+            return part, _inner(vectors, "all" if size == 1 else along)
 
         def make() -> np.ndarray:
-            size = 1 if along == "all" or len(self.shape) < 2 else height if along == "rows" else self.shape[-1]
+            count = len(asked) + (of != "directions")
             total = np.zeros((size, count, count))
             for part, found in spread(products, self.tiles):
                 total[part] += found
-            return total[0] if along == "all" else total
+            return total
 
-        return self.reads.once_a_tensor(self.name, ("gram", of, along, self.order.operands, self.order.base), make)
+        total = self.reads.once_a_tensor(self.name, ("gram", of, along, asked, self.order.base), make)
+        chosen = total[:, own][:, :, own]
+        return chosen[0] if along == "all" else chosen
+
+    def _asked(self) -> tuple[Operand, ...]:
+        """Return what Gram matrices are made of: in a sweep all models at once, of which every merge takes its part."""
+        common = tuple(Operand(model=number, name=self.name) for number in self.reads.together)
+        return common if set(self.order.operands) <= set(common) else self.order.operands
 
 
-def _inner(vectors: torch.Tensor) -> np.ndarray:
-    """Return the inner products of N vectors [N, n], summed in float64 over pieces."""
-    count, length = vectors.shape
-    whole = length // CHUNK * CHUNK
-    pieces = vectors[:, :whole].reshape(count, -1, CHUNK).transpose(0, 1)
-    rest = vectors[:, whole:]
-    total = torch.bmm(pieces, pieces.transpose(1, 2)).sum(dim=0, dtype=torch.float64)
-    found: np.ndarray = (total + (rest @ rest.T).double()).numpy()
+def _inner(vectors: Sequence[torch.Tensor], along: str) -> np.ndarray:
+    """Return the inner products of N tensors of one shape, [1, N, N] or [rows or columns, N, N].
+
+    Each pair by itself, so that it does not depend on what else is there.
+    """
+    count = len(vectors)
+    pairs = {}
+    for i in range(count):
+        for j in range(i, count):
+            product = vectors[i] * vectors[j]
+            if along == "all":
+                flat = product.flatten()
+                whole = len(flat) // CHUNK * CHUNK
+                sums = [flat[:whole].view(-1, CHUNK).sum(dim=1), flat[whole:].sum()[None]]
+                pairs[i, j] = torch.cat(sums).sum(dtype=torch.float64)[None]
+            else:
+                pairs[i, j] = product.sum(dim=1 if along == "rows" else 0, dtype=torch.float64)
+    found = np.zeros((len(pairs[0, 0]), count, count))
+    for (i, j), values in pairs.items():
+        found[:, i, j] = found[:, j, i] = values.numpy()
     return found

@@ -43,12 +43,20 @@ class Item:
 def read_document(path: Path) -> Item:
     """Read a YAML file whose top is a mapping.
 
+    Raises:
+        InputError: no such file, not readable, not UTF-8; as `parse_document`.
+    """
+    return parse_document(_text(path), path)
+
+
+def parse_document(text: str, path: Path) -> Item:
+    """Read YAML whose top is a mapping; a path is what messages call it.
+
     Anchors, aliases and merge keys (`<<`) are written out.
 
     Raises:
-        InputError: no such file, not readable, not UTF-8, not valid YAML, a key given twice, an alias of itself.
+        InputError: not valid YAML, a key given twice, an alias of itself.
     """
-    text = _text(path)
     loader = None
     try:
         loader = yaml.SafeLoader(text)

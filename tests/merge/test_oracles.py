@@ -10,6 +10,7 @@ from oracles import METHODS as ORACLES
 
 from checkpoint.source import Source, read_tensor
 from merge.merge import MergedSource, merge
+from merge.statistics_files import digest
 from merge.table import METHODS
 from upscale.split import uniform_at
 
@@ -86,7 +87,7 @@ def oracle(
     tensors = [read_tensor(one, name).double().numpy() for one in (base, *others)]
     if method.startswith(("dare", "della")):
         box = tuple(slice(0, size) for size in tensors[0].shape)
-        given["uniform"] = lambda number: uniform_at(f"{SEED}/m{number}/{name}", box).numpy()
+        given["uniform"] = lambda number: uniform_at(f"{SEED}/{digest(others[number])}/{name}", box).numpy()
     if method == "tsv":
         given["matrix"] = name == MATRIX
     return ORACLES[method](tensors[0] if based else None, tensors[1:], **given)

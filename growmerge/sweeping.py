@@ -1,0 +1,121 @@
+"""`growmerge sweep`: all merges of a spec, those of one group in one pass over their models."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from checkpoint.files import write_bytes, write_json
+from checkpoint.writer import write_checkpoints
+from growmerge.convert import Target, planned
+from growmerge.merging import Models, written_of
+from merge.apply import Applied, apply_recipe
+from merge.reads import Reads
+from merge.recipe import Recipe, parse_recipe
+from merge.sweep import Merge, Sweep, read_sweep
+from parallel.errors import InputError
+
+AT_ONCE = 200
+"""Merges that are written side by side at most: each has a file open."""
+INDEX = "sweep.json"
+
+
+def sweep_file(
+    path: Path, target: Target, *, seed: int, allow_unrelated: bool, recipes_only: bool, dry_run: bool
+) -> Iterator[str]:
+    """Do what a spec asks for; yield what is said of it.
+
+    Args:
+        target: how the models are written; its folder is the folder of all of them.
+        recipes_only: write each one's recipe instead of the model.
+
+    Raises:
+        InputError: anything wrong with the spec, its models or the place.
+    """
+    sweep = read_sweep(path)
+    for group in sweep.groups:
+        applied, models = _applied(sweep, group, seed, allow_unrelated)
+        yield from dict.fromkeys(note for one in applied.values() for note in _notes(one))
+        if dry_run:
+            yield from (_told(merge) for merge in group)
+        elif recipes_only:
+            for merge in group:
+                text = merge.recipe(_from_there(models, target.folder))
+                write_bytes(target.folder / f"{merge.name}.yml", text.encode())
+        else:
+            yield from _write(applied, models, target)
+    count = f"{len(sweep.merges)} merges"
+    if not dry_run:
+        write_json(target.folder / INDEX, [_entry(merge) for merge in sweep.merges])
+    yield count if dry_run else f"{target.folder}: {count}"
+
+
+def _applied(
+    sweep: Sweep, group: Sequence[Merge], seed: int, allow_unrelated: bool
+) -> tuple[dict[str, Applied], Models]:
+    """Open what a group shares, once, and apply each recipe to it."""
+    recipes = {merge.name: parse_recipe(merge.recipe(), sweep.file.parent / f"{merge.name}.yml") for merge in group}
+    models = Models(file=sweep.file, recipe=next(iter(recipes.values())))
+    opened = {}
+    for name in dict.fromkeys(name for recipe in recipes.values() for name in recipe.models):
+        try:
+            opened[name] = models.open(name)
+        except InputError as error:
+            raise InputError(f"{sweep.file}: {name}: {error}") from error
+    labels = [*opened]
+    merged = {one.model for recipe in recipes.values() for part in recipe.slices for one in part.inputs}
+    reads = Reads([*opened.values()], labels, [number for number, name in enumerate(labels) if name in merged])
+    applied = {}
+    for name, recipe in recipes.items():
+        try:
+            applied[name] = apply_recipe(
+                recipe, opened.__getitem__, seed=seed, allow_unrelated=allow_unrelated, reads=reads
+            )
+        except InputError as error:
+            raise InputError(f"{sweep.file}: {name}: {_without_place(str(error), recipe)}") from error
+    return applied, models
+
+
+def _write(applied: Mapping[str, Applied], models: Models, target: Target) -> Iterator[str]:
+    """Write what is not there, as many at once as files may be open."""
+    outputs = []
+    for name, one in applied.items():
+        own = replace(target, folder=target.folder / name)
+        output, layout = planned(one.merged, own, **written_of(one, models, own))
+        if output is not None:
+            outputs.append(output)
+    if len(outputs) < len(applied):
+        yield f"{len(applied) - len(outputs)} of {len(applied)} are there and whole"
+    for start in range(0, len(outputs), AT_ONCE):
+        write_checkpoints(outputs[start : start + AT_ONCE], layout, workers=target.workers or os.cpu_count() or 1)
+
+
+def _notes(one: Applied) -> list[str]:
+    return [f"note: {_without_place(note, one.recipe)}" for note in one.merged.notes]
+
+
+def _without_place(line: str, recipe: Recipe) -> str:
+    """Return a message without the line of a recipe that nobody has written."""
+    place, _, rest = line.removeprefix(f"{recipe.file}:").partition(": ")
+    return rest if place.isdigit() else line
+
+
+def _from_there(models: Models, folder: Path) -> Callable[[str], str]:
+    """Return how a model is found from a folder."""
+
+    def place(name: str) -> str:
+        found = models.folders[name][0]
+        return name if Path(name).is_absolute() or not models.is_there(name) else os.path.relpath(found, folder)
+
+    return place
+
+
+def _told(merge: Merge) -> str:
+    parameters = ", ".join(f"{name} {value}" for name, value in merge.parameters.items())
+    return f"{merge.name}: {merge.method} of {', '.join(merge.models)}" + (f" ({parameters})" if parameters else "")
+
+
+def _entry(merge: Merge) -> dict[str, Any]:
+    about = {"name": merge.name, "method": merge.method, "models": list(merge.models)}
+    return {**about, "parameters": dict(merge.parameters), **merge.group}

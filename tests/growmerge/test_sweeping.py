@@ -1,0 +1,119 @@
+"""`growmerge sweep`: what single merges make, in one pass; nothing done twice."""
+
+import json
+import os
+import subprocess
+import time
+from fnmatch import fnmatch
+
+import pytest
+import torch
+from test_merging import models, told  # noqa: F401
+from toy import command, growmerge
+
+from checkpoint import manifest
+from checkpoint.open import open_checkpoint
+from checkpoint.safetensors import SafetensorsSource
+
+SPEC = """\
+models: {a: swe, b: est, c: base}
+base_model: base
+methods:
+  linear: {}
+  task_arithmetic: {lambda: 0.7}
+  ties: {density: [0.3, 0.5]}
+  dare_ties: {density: 0.5}
+  della_linear: {density: 0.5}
+  multislerp: {}
+  nuslerp: {}
+dtype: bfloat16
+"""
+
+
+@pytest.fixture
+def folder(models):  # noqa: F811
+    other = models / "fin"
+    (models / "fin").mkdir()
+    for path in (models / "est").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (models / "spec.yaml").write_text(SPEC.replace("c: base", "c: fin"))
+    return models
+
+
+def shown(folder):
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def test_each_is_what_its_recipe_makes_alone(folder, monkeypatch):
+    read = 0
+    plain = SafetensorsSource.read
+
+    def counted(self, name, box, out, stats=None):
+        nonlocal read
+        read += 1
+        plain(self, name, box, out, stats)
+
+    monkeypatch.setattr(SafetensorsSource, "read", counted)
+    found = told("sweep", "spec.yaml", "out", "--workers", "1")
+    assert found.exit_code == 0, found.stderr
+    entries = shown(folder / "out")
+    assert found.stdout == f"out: {len(entries)} merges\n" and len(entries) == 31
+    together, read = read, 0
+    assert told("sweep", "spec.yaml", "recipes", "--recipes").exit_code == 0
+    for entry in entries:
+        name = entry["name"]
+        assert told("merge", f"recipes/{name}.yml", f"alone/{name}").exit_code == 0
+        one, alone = (folder / where / name / "model.safetensors" for where in ("out", "alone"))
+        assert one.read_bytes() == alone.read_bytes(), name
+        manifest.check(folder / "out" / name)
+    assert read > 2 * together
+    ties = next(entry for entry in entries if entry["name"] == "ties-density0.3-a_b")
+    assert (ties["method"], ties["models"], ties["parameters"]) == ("ties", ["a", "b"], {"density": 0.3})
+    assert (folder / "out" / "linear-a_b" / "tokenizer.json").is_file()
+    assert told("sweep", "spec.yaml", "out").stdout.startswith("31 of 31 are there and whole\n")
+
+
+def test_killed_it_goes_on(folder):
+    marker = folder / "reached"
+    arguments = ("sweep", "spec.yaml", "out", "--shard-gb", "2e-5")
+    environment = {**os.environ, "GROWMERGE_FAULT": f"{marker}:write/model-00002-of-00003.safetensors"}
+    process = subprocess.Popen(command(*arguments), env=environment)
+    while not marker.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/model-00001*")}
+    assert len(kept) == 31 and not list((folder / "out").glob("*/manifest.json"))
+    ended = growmerge(*arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert told("sweep", "spec.yaml", "whole").exit_code == 0
+    for entry in shown(folder / "out"):
+        cut, whole = (open_checkpoint(folder / where / entry["name"]) for where in ("out", "whole"))
+        name = "model.layers.1.mlp.down_proj.weight"
+        assert torch.equal(cut._mapped(name), whole._mapped(name))
+
+
+def test_a_dry_run_lists_them(folder):
+    found = told("sweep", "spec.yaml", "out", "--dry-run")
+    assert found.exit_code == 0, found.stderr
+    assert "ties-density0.3-a_b: ties of a, b (density 0.3)\n" in found.stdout
+    assert found.stdout.endswith("31 merges\n") and not (folder / "out").exists()
+    assert "note: swe: not known whether it stems from base" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("c: fin", "c: nor", "spec.yaml: nor: no such folder, neither beside the recipe nor here"),
+        ("nuslerp: {}", "slerp: {t: 0}", "spec.yaml:10: no subset has as many models as slerp takes"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, old, new, line):
+    path = folder / "spec.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    found = told("sweep", "spec.yaml", "out")
+    assert found.exit_code == 2
+    assert fnmatch(found.stderr.strip(), f"growmerge: {line}"), found.stderr
+    assert not (folder / "out").exists()
