@@ -28,6 +28,7 @@ PROGRESS = ".unfinished.json"
 EVERY_S = 15.0
 """Seconds between two notes of how far a file is."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """A checkpoint to write."""

@@ -23,10 +23,15 @@ def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrained
     model.to_empty(device="cpu")
     model.tie_weights()
     _recompute_buffers(model)
+    refill(model, source)
+    return model.eval()
+
+
+def refill(model: PreTrainedModel, source: Source) -> None:
+    """Give a model the weights of another source of the same tensors."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(source, name, parameter)
-    return model.eval()
 
 
 def stream_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -326,7 +326,16 @@ def merge(source: Path, seed: int, lenient: bool, allow_unrelated: bool, dry_run
     applied, models = apply_file(source, seed=seed, lenient=lenient, allow_unrelated=allow_unrelated)
     for note in applied.merged.notes:
         click.echo(f"note: {note}", err=True)
-    click.echo(f"{source}: nothing is wrong with it" if dry_run else merge_file(target, applied, models))
+    if dry_run:
+        click.echo(f"{source}: nothing is wrong with it")
+        return
+    more: dict[str, bytes] = {}
+    if applied.recipe.search is not None:
+        from growmerge.searching import find_weights
+
+        applied, more, said = find_weights(applied, models)
+        click.echo(said)
+    click.echo(merge_file(target, applied, models, more))
 
 
 @main.command()

@@ -61,6 +61,13 @@ class Models:
             return place(self.file.parent, hub)
         raise InputError("no such folder, neither beside the recipe nor here")
 
+    def place_file(self, name: str) -> Path:
+        """Return a file that the recipe names."""
+        for base in (self.file.parent, Path()):
+            if (base / name).is_file():
+                return base / name
+        raise InputError(f"{name}: no such file, neither beside the recipe nor here")
+
     def is_there(self, name: str) -> bool:
         """Whether a name is a folder, beside the recipe or here."""
         return any((base / name).is_dir() for base in (self.file.parent, Path()))
@@ -105,16 +112,19 @@ def apply_file(
     return applied, models
 
 
-def merge_file(target: Target, applied: Applied, models: Models) -> str:
+def merge_file(target: Target, applied: Applied, models: Models, more: Mapping[str, bytes] | None = None) -> str:
     """Write what a recipe comes to; return what is said of it.
+
+    Args:
+        more: further files.
 
     Raises:
         InputError: the target is taken or cannot be written, a model holds a value that is not finite.
     """
-    return write_target(applied.merged, target, **written_of(applied, models, target))
+    return write_target(applied.merged, target, **written_of(applied, models, target, more or {}))
 
 
-def written_of(applied: Applied, models: Models, target: Target) -> dict[str, Any]:
+def written_of(applied: Applied, models: Models, target: Target, more: Mapping[str, bytes]) -> dict[str, Any]:
     """Return what `growmerge.convert.planned` has to know of a merge beside its source."""
     recipe = applied.recipe
     parents = []
@@ -126,7 +136,7 @@ def written_of(applied: Applied, models: Models, target: Target) -> dict[str, An
         "made": {key: provenance[key] for key in ("verb", "recipe")},
         "parents": parents,
         "inputs": [folder for name in recipe.models for folder in models.folders[name]],
-        "files": files_beside(applied, models, target),
+        "files": {**files_beside(applied, models, target), **more},
     }
 
 

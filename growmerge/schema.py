@@ -34,8 +34,9 @@ MergeMethod = Literal[
     "nearswap",
     "arcee_fusion",
     "passthrough",
+    "tsv",
 ]
-"""As in merge/table.py."""
+"""As in merge/table.py, but for those that go by statistics of the models."""
 Precision = Literal["float32", "bfloat16"]
 Kernels = Literal["auto", "torch"]
 Documents = Literal["packed", "masked"]

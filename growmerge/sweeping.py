@@ -82,7 +82,7 @@ def _write(applied: Mapping[str, Applied], models: Models, target: Target) -> It
     outputs = []
     for name, one in applied.items():
         own = replace(target, folder=target.folder / name)
-        output, layout = planned(one.merged, own, **written_of(one, models, own))
+        output, layout = planned(one.merged, own, **written_of(one, models, own, {}))
         if output is not None:
             outputs.append(output)
     if len(outputs) < len(applied):

@@ -37,7 +37,7 @@ class Reads:
         self._of_box = threading.local()
         self._of_tensor: dict[str, dict[Any, Any]] = {}
         self._identities: dict[int, str] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def with_more(self, sources: Sequence[Source], labels: Sequence[str]) -> "Reads":
         """Return a reading of more models behind these; this one, shared as it may be, if there are none."""
@@ -47,23 +47,25 @@ class Reads:
 
     def identity(self, number: int) -> str:
         """Return what a model is known by in random numbers' keys: its weights, wherever it lies in whatever format."""
-        with self._lock:
-            if number not in self._identities:
-                self._identities[number] = digest(self.sources[number])
-            return self._identities[number]
+        if number not in self._identities:
+            self._identities[number] = digest(self.sources[number])
+        return self._identities[number]
 
     def once_a_tensor(self, name: str, key: Any, make: Callable[[], Made]) -> Made:
-        """Return what was made for this key while the same tensor was merged, or make it."""
+        """Return what was made for this key while the same tensor was merged, or make it.
+
+        The lock is not held meanwhile: what is made may wait for threads that ask here themselves.
+        """
         with self._lock:
             if name not in self._of_tensor:
                 while len(self._of_tensor) >= KNOWN:
                     del self._of_tensor[next(iter(self._of_tensor))]
                 self._of_tensor[name] = {}
             known = self._of_tensor[name]
-            if key not in known:
-                known[key] = make()
-            found: Made = known[key]
-            return found
+        if key not in known:
+            known[key] = make()
+        found: Made = known[key]
+        return found
 
     def once_a_box(self, name: str, box: Box, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what this thread made for this key when it was last at the same box, or make it.

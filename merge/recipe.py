@@ -4,17 +4,18 @@ What a recipe says of each tensor is worked out in `merge.resolve`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from merge.search_settings import SEARCH, Search, search_of
 from merge.table import METHODS
 from parallel.document import Item, parse_document, read_document
 from parallel.errors import InputError, one_of
 
 TOP = (
     *("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype"),
-    *("tokenizer_source", "tokenizer", "chat_template"),
+    *("tokenizer_source", "tokenizer", "chat_template", "search"),
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 ALSO = {
@@ -99,6 +100,8 @@ class Recipe:
     """Keys that change nothing, each with its line."""
     text: str = ""
     """The file."""
+    search: Search | None = None
+    """How weights are searched for, if they are."""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -133,6 +136,7 @@ class _Reader:
         self._path = path
         self._lenient = lenient
         self._warnings: list[str] = []
+        self._method = ""
 
     def recipe(self, top: Item, text: str) -> Recipe:
         keys = self._keys(top, "", TOP)
@@ -144,9 +148,10 @@ class _Reader:
             raise self._error(top.line, "merge_method is missing: which method merges?")
         if "tokenizer" in keys and "tokenizer_source" in keys:
             raise self._error(keys["tokenizer"].line, "tokenizer and tokenizer_source are both given: one is needed")
-        method = self._text(keys["merge_method"], "merge_method")
+        search = self._search(keys)
+        self._method = method = self._text(keys["merge_method"], "merge_method") if search is None else search.method
         if method not in METHODS:
-            raise self._error(keys["merge_method"].line, one_of("merge_method", method, METHODS))
+            raise self._error(keys["merge_method"].line, one_of("merge_method", method, [*METHODS, SEARCH]))
         module: Parameters = {}
         if "modules" in keys:
             keys, module = self._module(keys)
@@ -173,7 +178,24 @@ class _Reader:
             lines={name: item.line for name, item in keys.items()},
             warnings=tuple(self._warnings),
             text=text,
+            search=search,
         )
+
+    def _search(self, keys: Mapping[str, Item]) -> Search | None:
+        """Return what `merge_method: search` searches for."""
+        if self._text(keys["merge_method"], "merge_method") != SEARCH:
+            if SEARCH in keys:
+                raise self._error(keys[SEARCH].line, f"search has a meaning with merge_method {SEARCH} alone")
+            return None
+        if SEARCH not in keys:
+            raise self._error(
+                keys["merge_method"].line, "merge_method search lacks the key search: what, on which texts?"
+            )
+        inner = self._keys(keys[SEARCH], SEARCH, [one.name for one in fields(Search)])
+        try:
+            return search_of({name: plain(item) for name, item in inner.items()})
+        except InputError as error:
+            raise self._error(keys[SEARCH].line, f"search: {error}") from None
 
     def _module(self, keys: Mapping[str, Item]) -> tuple[dict[str, Item], Parameters]:
         """Return the keys of a recipe with its only module's in their place."""
@@ -185,12 +207,11 @@ class _Reader:
         inner = self._keys(item, f"module {name}", ("models", "slices", *ALSO["module"]))
         if ("models" in inner) == ("slices" in inner):
             raise self._error(item.line, f"module {name} has exactly one of models and slices")
-        method = self._text(keys["merge_method"], "merge_method")
-        own = self._parameters(inner.pop("parameters", None), method)
+        own = self._parameters(inner.pop("parameters", None), self._method)
         return {**{key: value for key, value in keys.items() if key != "modules"}, **inner}, own
 
     def _slices(self, keys: Mapping[str, Item]) -> tuple[Slice, ...]:
-        method = self._text(keys["merge_method"], "merge_method")
+        method = self._method
         if "models" in keys:
             line = keys["models"].line
             models = [self._input(item, method) for item in self._list(keys["models"], "models")]

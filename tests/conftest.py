@@ -21,3 +21,9 @@ def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests of a file, which share what they set up, to one process; and all that use the cluster."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.path.parts else item.path.name))

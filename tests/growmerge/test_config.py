@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from pipeline_files import SMALL, change, load, write
 
 from growmerge.config import load_pipeline, merged_training
-from growmerge.schema import TrainStage
+from growmerge.schema import MergeMethod, TrainStage
+from merge.table import METHODS
 from parallel.errors import InputError
 
 SLOTS = [
@@ -412,3 +414,8 @@ def test_a_pipeline_needs_text_mixtures_and_stages(key: str, problem: str, tmp_p
     with pytest.raises(InputError) as caught:
         load_pipeline(path)
     assert str(caught.value) == f"{path}:{2 + list(parts).index(key)}: {key}: {problem}"
+
+
+def test_merge_stages_know_every_method_but_those_that_go_by_statistics():
+    by_statistics = {name for name, method in METHODS.items() if {"fisher", "gram"} & method.parameters.keys()}
+    assert {*get_args(MergeMethod)} == METHODS.keys() - by_statistics

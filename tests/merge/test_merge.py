@@ -44,6 +44,20 @@ def test_workers_and_boxes_do_not_matter(case, tmp_path, monkeypatch) -> None:
             assert torch.equal(out, read_tensor(whole, name)[box])
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("method", ["dare_ties", "ties", "multislerp"])
+def test_workers_that_merge_a_block_do_not_wait_for_what_is_collected_for_the_next(method, tmp_path) -> None:
+    sources = [model(seed, vocab_size=400_000, num_hidden_layers=1) for seed in (0, 1, 2)]
+    given = {"base": sources[0], "parameters": {} if method == "multislerp" else {"density": 0.5}}
+    hashes = {
+        write_checkpoint(
+            merge(sources[1:], method, **given), tmp_path / str(workers), SafetensorsLayout(), workers=workers
+        )
+        for workers in (1, 2)
+    }
+    assert len(hashes) == 1
+
+
 def test_bfloat16_is_computed_in_float32_and_rounded_once() -> None:
     sources = [model(seed, torch.bfloat16) for seed in (1, 2, 3)]
     merged = merge(sources, "linear", weights=[0.2, 0.3, 0.5])
