@@ -260,3 +260,61 @@ def test_a_full_disk_is_one_line(models):
         assert told("merge", "recipe.yaml", str(disk / "out")).exit_code == 0
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+SEARCH = """
+models: [{model: swe}, {model: est, parameters: {weight: 0.5}}]
+merge_method: search
+base_model: base
+parameters: {weight: 1, density: 0.5}
+search: {method: ties, texts: {swe: swe.txt, est: est.jsonl}, evaluations: 20, kinds: true, tokens: 200}
+"""
+
+
+def write_texts(folder):
+    (folder / "swe.txt").write_text("ett hus vid havet\n\nett annat hus\n" * 20)
+    (folder / "est.jsonl").write_text('{"text": "maja mere ääres"}\n' * 40)
+
+
+def test_a_search_ends_in_a_plain_recipe_of_what_it_found(models):
+    write_texts(models)
+    found = told("merge", recipe(models, SEARCH), "out")
+    assert found.exit_code == 0, found.stderr
+    said = found.stdout.splitlines()[0]
+    assert fnmatch(said, "searched: * -> * bits per byte on the development texts, 20 merges in *")
+    result = json.loads((models / "out" / "search.json").read_text())
+    assert result["merges"] == len(result["curve"]) == 20
+    assert result["best"]["mean"] == pytest.approx(min(result["curve"]), abs=1e-6)
+    assert result["best"]["mean"] < result["start"]["mean"] == pytest.approx(result["curve"][0], abs=1e-6)
+    kinds = ("attention", "feed-forward", "norms")
+    assert [*result["best"]["factors"]] == ["outside", *(f"layers, {kind}" for kind in kinds)]
+    # What it found, as a recipe that says nothing of a search, makes the same model.
+    shutil.copy(models / "out" / "mergekit_config.yml", models / "found.yml")
+    assert "search" not in (models / "found.yml").read_text()
+    again = told("merge", "found.yml", "again")
+    assert again.exit_code == 0, again.stderr
+    assert "applies to no tensor" not in again.stderr
+    assert same_weights(models / "out", models / "again")
+    assert not same_weights(models / "out", models / "swe")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("swe.txt", "nor.txt", "recipe.yaml:6: nor.txt: no such file, neither beside the recipe nor here"),
+        ("method: ties,", "method: tise,", "recipe.yaml:6: search: unknown method with weights 'tise': *'ties'?"),
+        ("evaluations", "evaluation", "recipe.yaml:6: unknown key of search 'evaluation': *'evaluations'?*"),
+        (
+            "merge_method: search",
+            "merge_method: ties",
+            "recipe.yaml:6: search has a meaning with merge_method search *",
+        ),
+        ("\nsearch:", "\nserch:", "recipe.yaml:6: unknown key 'serch': *"),
+    ],
+)
+def test_a_mistake_in_a_search_is_one_line(models, old, new, line):
+    write_texts(models)
+    found = told("merge", recipe(models, SEARCH.replace(old, new)), "out")
+    assert found.exit_code == 2
+    assert fnmatch(found.stderr.splitlines()[-1], f"growmerge: {line}"), found.stderr
+    assert not (models / "out").exists()
