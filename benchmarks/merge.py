@@ -180,6 +180,7 @@ def speed(folder: Path, rounds: int, methods: list[str]) -> None:
         row.append(f"{statistics.median(took.cpu for took in mine) / cpu_floor:.1f}")
         row += [f"{max(took.anonymous for took in side):.0f}" for side in (mine, other)]
         table.add_row(*row)
+        print("  ".join(row), flush=True)
     Console(width=160).print(table)
     print(
         f"floor: 6.9 GB read and 1.1 GB written from and to the page cache: {cpu_floor:.1f} CPU s, {wall_floor:.1f} s"

@@ -13,13 +13,13 @@ GUARD = 1e-8
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], factors: Sequence[float | torch.Tensor]) -> torch.Tensor:
-    """Return sum(f_i x_i), summed in the order given; a factor may be a tensor that broadcasts.
-
-    A product and a sum, each rounded: fused ones would depend on where a vector of the processor ends.
-    """
+    """Return sum(f_i x_i), summed in the order given; a factor may be a tensor that broadcasts."""
     total = tensors[0] * factors[0]
     for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
-        total += tensor * factor
+        if isinstance(factor, torch.Tensor):
+            total.addcmul_(tensor, factor)
+        else:
+            total.add_(tensor, alpha=factor)
     return total
 
 
@@ -70,16 +70,17 @@ def ties(
         normalize: divide by the weights that agree (by 1 where they add up to 0).
         factors: further factors of the task vectors, which do not count in the divisor; none is negative.
     """
-    weighted = [delta * weight for delta, weight in zip(deltas, _products(weights, factors), strict=True)]
-    total = weighted[0].clone()
-    for one in weighted[1:]:
-        total += one
+    products = _products(weights, factors)
+    total = weighted_sum(deltas, products)
     sign = _elected(total)
     merged, divisor = total.zero_(), torch.zeros_like(base)
-    for one, weight in zip(weighted, weights, strict=True):
-        merged += one.mul_(sign).clamp_(min=0)
+    for delta, product, weight in zip(deltas, products, weights, strict=True):
+        if product == 0:
+            continue
+        agrees = (delta * sign).clamp_(**({"min": 0.0} if product > 0 else {"max": 0.0}))
+        merged.add_(agrees, alpha=product)
         if normalize:
-            divisor += one.sign_().mul_(weight)
+            divisor.add_(agrees.sign_(), alpha=weight if product > 0 else -weight)
     if normalize:
         merged /= _no_zeros(divisor, weights)
     return merged.mul_(sign).mul_(scale).add_(base)

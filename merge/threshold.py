@@ -1,13 +1,16 @@
 """The exact k-th largest magnitude of tensors that are never in memory whole.
 
-The magnitude of a float32 number orders as its bit pattern without the sign. Three passes over tiles find the k-th:
-count the patterns' high 16 bits; in the bin that holds the k-th, count the low 15; where only some of the elements
-that equal the k-th may stay, count them tile by tile. Elements of equal magnitude stay lowest row-major index first.
+The magnitude of a float32 number orders as its bit pattern without the sign. A sample says between which two patterns
+the k-th lies; one pass over tiles counts what is above and keeps what is between, a few of a hundred. Where a sample
+has misled, or too much lies between, three passes find it for certain: count the patterns' high 16 bits; in the bin of
+the k-th count the low 15; where only some of those that equal the k-th may stay, count them tile by tile.
+Elements of equal magnitude stay lowest row-major index first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +19,17 @@ import torch.nn.functional as F
 from checkpoint.source import Box, Map
 
 LOW = 15
-"""Bits of a pattern (31 without the sign) that the second pass counts."""
+"""Bits of a pattern (31 without the sign) that the second of three passes counts."""
 WINDOW = 16
 """Tiles whose counts are held at once at most."""
+SAMPLE = 1 << 16
+"""Elements of a sample at least, as far as there are so many."""
+SIGMAS = 5.0
+"""How far from the sample's k-th the tensor's may be, in standard deviations of its rank."""
+BETWEEN = 0.1
+"""Share of a tensor that may lie between the two patterns."""
 
+Counted = TypeVar("Counted")
 Read = Callable[[Box], Sequence[torch.Tensor]]
 """From a box to the N tensors' float32 values in it."""
 
@@ -43,10 +53,99 @@ def find_cuts(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequ
         keep: elements that stay, 1 to the tensor's size.
         spread: maps a function over tiles.
     """
-    models = range(len(keep))
     size = prod(shape)
     if all(count == size for count in keep):
-        return [Cut(pattern=0, last=size - 1) for _ in models]
+        return [Cut(pattern=0, last=size - 1) for _ in keep]
+    return _by_sample(read, shape, tiles, keep, spread) or _by_counting(read, shape, tiles, keep, spread)
+
+
+def _by_sample(
+    read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequence[int], spread: Map
+) -> list[Cut] | None:
+    """Return the cuts if the sample's bounds hold what is looked for and little else."""
+    size = prod(shape)
+    chosen = tiles[:: max(1, size // (4 * SAMPLE))]
+    step = max(1, sum(prod(_shape(tile)) for tile in chosen) // SAMPLE)
+
+    def sample(tile: Box) -> list[np.ndarray]:
+        return [magnitudes(values).flatten()[::step].numpy().copy() for values in read(tile)]
+
+    samples = [np.concatenate(parts) for parts in zip(*_windows(sample, chosen, spread), strict=True)]
+    bounds = [_bounds(values, count / size) for values, count in zip(samples, keep, strict=True)]
+
+    def split(tile: Box) -> list[tuple[int, int, int, np.ndarray]]:
+        return [_split(values, *ends) for values, ends in zip(read(tile), bounds, strict=True)]
+
+    found: list[list[tuple[int, int, int, np.ndarray]]] = []
+    for parts in _windows(split, tiles, spread):
+        found.append(parts)
+        if any(
+            sum(len(tile[model][3]) for tile in found[-WINDOW:]) > BETWEEN * WINDOW * prod(_shape(tiles[0]))
+            for model in range(len(keep))
+        ):
+            return None
+    cuts = []
+    for model, (count, (low, high)) in enumerate(zip(keep, bounds, strict=True)):
+        own = [tile[model] for tile in found]
+        above, highs, lows = (sum(counts) for counts in zip(*(part[:3] for part in own), strict=True))
+        between = np.sort(np.concatenate([part[3] for part in own]))
+        left = count - above
+        if left <= 0 or left > highs + len(between) + lows:
+            return None
+        if left <= highs:
+            pattern, equal = high, [part[1] for part in own]
+        elif left <= highs + len(between):
+            left -= highs
+            pattern = int(between[len(between) - left])
+            left -= len(between) - int(np.searchsorted(between, pattern, side="right"))
+            equal = [int(np.count_nonzero(part[3] == pattern)) for part in own]
+        else:
+            left -= highs + len(between)
+            pattern, equal = low, [part[2] for part in own]
+        cuts.append(_cut(read, shape, tiles, model, pattern, left, equal))
+    return cuts
+
+
+def _bounds(values: np.ndarray, share: float) -> tuple[int, int]:
+    """Return two patterns between which the one lies that a share of all is not below, by a sample."""
+    count = len(values)
+    middle, away = count * (1 - share), SIGMAS * sqrt(count * share * (1 - share)) + 2
+    low, high = max(0, int(middle - away)), min(count - 1, int(middle + away))
+    sorted_there = np.partition(values, [low, high])
+    return (0 if low == 0 else int(sorted_there[low])), (0x7FFFFFFF if high == count - 1 else int(sorted_there[high]))
+
+
+def _split(values: torch.Tensor, low: int, high: int) -> tuple[int, int, int, np.ndarray]:
+    """Return how many magnitudes are above `high`, equal to it, equal to `low`, and the patterns between them."""
+    bits = magnitudes(values).flatten().numpy()
+    inside = bits[np.flatnonzero((bits >= low) & (bits <= high))]  # a mask for an index takes three times as long
+    above = int(np.count_nonzero(bits > high))
+    highs = int(np.count_nonzero(inside == high))
+    lows = int(np.count_nonzero(inside == low)) if low != high else 0
+    return above, highs, lows, inside[(inside > low) & (inside < high)] if highs + lows < len(inside) else inside[:0]
+
+
+def _cut(
+    read: Read, shape: Sequence[int], tiles: Sequence[Box], model: int, pattern: int, left: int, equal: Sequence[int]
+) -> Cut:
+    """Return the cut at a pattern of which the first `left` elements stay, of so many that each tile has."""
+    if sum(equal) == left:
+        return Cut(pattern=pattern, last=prod(shape) - 1)
+    before = np.cumsum([0, *equal])
+    number = int(np.searchsorted(before, left)) - 1
+    bits = magnitudes(read(tiles[number])[model])
+    tied = (bits.flatten() == pattern).nonzero()[left - before[number] - 1].item()
+    start = sum(prod(_shape(tile)) for tile in tiles[:number])
+    return Cut(pattern=pattern, last=start + int(tied))
+
+
+def _shape(box: Box) -> list[int]:
+    return [part.stop - part.start for part in box]
+
+
+def _by_counting(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequence[int], spread: Map) -> list[Cut]:
+    """Return the cuts by three passes at most."""
+    models, size = range(len(keep)), prod(shape)
 
     def high(tile: Box) -> np.ndarray:
         return np.stack([_count(magnitudes(values).bitwise_right_shift_(LOW), 1 << 16) for values in read(tile)])
@@ -67,18 +166,13 @@ def find_cuts(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequ
         found = zip(read(tile), patterns, strict=True)
         return np.array([np.count_nonzero(magnitudes(values).numpy() == pattern) for values, pattern in found])
 
-    before = np.cumsum([np.zeros(len(keep), dtype=np.int64), *_windows(ties, tiles, spread)], axis=0)
-    cuts = []
-    for model in models:
-        if whole[model]:
-            cuts.append(Cut(pattern=patterns[model], last=size - 1))
-            continue
-        number = int(np.searchsorted(before[:, model], left[model])) - 1
-        bits = magnitudes(read(tiles[number])[model])
-        tied = (bits.flatten() == patterns[model]).nonzero()[left[model] - before[number, model] - 1].item()
-        start = sum(prod(part.stop - part.start for part in tile) for tile in tiles[:number])
-        cuts.append(Cut(pattern=patterns[model], last=start + int(tied)))
-    return cuts
+    equal = [*_windows(ties, tiles, spread)]
+    return [
+        _cut(read, shape, tiles, model, patterns[model], left[model], [int(counts[model]) for counts in equal])
+        if not whole[model]
+        else Cut(pattern=patterns[model], last=size - 1)
+        for model in models
+    ]
 
 
 def trim(delta: torch.Tensor, cut: Cut, shape: Sequence[int], box: Box) -> torch.Tensor:
@@ -120,7 +214,7 @@ def _count(values: torch.Tensor, bins: int) -> np.ndarray:
     return torch.bincount(values.flatten(), minlength=bins).numpy()
 
 
-def _windows(count: Callable[[Box], np.ndarray], tiles: Sequence[Box], spread: Map) -> Iterator[np.ndarray]:
+def _windows(count: Callable[[Box], Counted], tiles: Sequence[Box], spread: Map) -> Iterator[Counted]:
     """Yield the tiles' counts in order, few of them alive at a time."""
     for start in range(0, len(tiles), WINDOW):
         yield from spread(count, tiles[start : start + WINDOW])
