@@ -74,10 +74,11 @@ def fill(
         part = spans[at : bisect_left(starts, end)]
         # Known before the block is handed out: a worker that waited for the pool would wait for itself.
         names = dict.fromkeys(span.fragment.tensor for span in part)
-        known = [
-            {name: stats[name] if name in stats else source.collect(name, pool.map) for name in names}
-            for source, stats in zip(sources, known, strict=True)
-        ]
+        fresh: list[dict[str, Any]] = [{} for _ in sources]
+        for name in names:  # of one tensor all sources ask for much the same, one after the other
+            for source, stats, own in zip(sources, known, fresh, strict=True):
+                own[name] = stats[name] if name in stats else source.collect(name, pool.map)
+        known = fresh
         pending.append(pool.submit(_block, sources, part, known, handles, begin, end, buffers))
         if len(pending) > workers:
             done(pending.popleft().result())

@@ -65,12 +65,14 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        InputError: the file is missing or is not JSON.
+        InputError: the file is missing, not readable or not JSON.
     """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 

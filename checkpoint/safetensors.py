@@ -48,7 +48,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Read one file's header: what it holds and where, no data.
 
     Raises:
-        InputError: the file is missing, truncated, or no safetensors file.
+        InputError: the file is missing, not readable, truncated, or no safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -60,6 +60,8 @@ def read_header(path: Path) -> dict[str, Stored]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, UnicodeDecodeError) as error:
         if isinstance(error, InputError):
             raise
@@ -197,6 +199,7 @@ class SafetensorsLayout:
         dtypes = {name: self._dtype(source, name) for plan in plans for name in plan.tensors}
         config = dict(source.config)
         if len(set(dtypes.values())) == 1:
+            config.pop("torch_dtype", None)  # its former name: the dtype before
             config["dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         extras = {"config.json": _json(config)}
         if len(plans) > 1:

@@ -102,12 +102,22 @@ class _Job:
         self.part: list[str] = []
         """Of those of the file that is being written."""
         self._part_of = ""
+        self._remove_others()
         if output.about is not None:
             self._go_on()
         self.note()
 
     def path(self, name: str) -> Path:
         return inside(self.output.folder, name)
+
+    def _remove_others(self) -> None:
+        """Remove what an interrupted call for something else has left: a manifest would declare it whole."""
+        path = self.output.folder / PROGRESS
+        found = read_json(path) if path.is_file() else {}
+        if found and found.get("key") != self._key:
+            for name in found.get("planned", ()):
+                self.path(name).unlink(missing_ok=True)
+            path.unlink()
 
     def _go_on(self) -> None:
         """Take over what an interrupted call for the same thing has left."""
@@ -117,7 +127,7 @@ class _Job:
             return
         sizes = {name: size for name, size in found["sizes"].items() if self._size(name) == size}
         self.hashes = {name: hashes for name, hashes in found["files"].items() if name in sizes}
-        if found["part_of"] in sizes:
+        if found.get("part_of") in sizes:
             self._part_of, self.part = found["part_of"], found["part"]
 
     def _size(self, name: str) -> int:
@@ -128,12 +138,16 @@ class _Job:
         """Write down how far this is; what is claimed has to be on disk."""
         names = [*self.hashes, *([self._part_of] if self.part else [])]
         sizes = {name: self._size(name) for name in names}
-        about = {"part_of": self._part_of, "part": self.part}
-        write_json(self.output.folder / PROGRESS, {"key": self._key, "files": self.hashes, "sizes": sizes, **about})
+        about: dict[str, Any] = {"part_of": self._part_of, "part": self.part}
+        about |= {"planned": [plan.name for plan in self.plans], "files": self.hashes, "sizes": sizes}
+        write_json(self.output.folder / PROGRESS, {"key": self._key, **about})
 
     def begin_file(self, plan: FilePlan, blocks: int) -> Sequence[Fragment]:
         """Create a file, or go on with one of which so many blocks are written; return where its data goes."""
         path = self.path(plan.name)
+        if len(self.part) > blocks:  # claims go before what they are about
+            self.part = self.part[:blocks]
+            self.note()
         if blocks == 0:
             path.unlink(missing_ok=True)
             fragments = plan.create(path)

@@ -314,11 +314,11 @@ def convert(source: Path, **given: Any) -> None:
 
 @main.command()
 @_targets
-@click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers.")
+@click.option("--seed", type=int, help="Of methods that draw random numbers; the file's, or else 0.")
 @click.option("--lenient", is_flag=True, help="Pass over keys that no recipe has.")
 @click.option("--allow-unrelated", is_flag=True, help="Merge models known not to stem from the base, too.")
 @click.option("--dry-run", is_flag=True, help="Check the recipe and its models, and stop.")
-def merge(source: Path, seed: int, lenient: bool, allow_unrelated: bool, dry_run: bool, **given: Any) -> None:
+def merge(source: Path, seed: int | None, lenient: bool, allow_unrelated: bool, dry_run: bool, **given: Any) -> None:
     """Merge the models of the recipe SOURCE, mergekit's YAML unchanged, into the folder TARGET."""
     from growmerge.merging import apply_file, merge_file
 
@@ -329,22 +329,21 @@ def merge(source: Path, seed: int, lenient: bool, allow_unrelated: bool, dry_run
     if dry_run:
         click.echo(f"{source}: nothing is wrong with it")
         return
-    more: dict[str, bytes] = {}
-    if applied.recipe.search is not None:
-        from growmerge.searching import find_weights
+    if applied.recipe.search is None:
+        click.echo(merge_file(target, applied, models))
+        return
+    from growmerge.searching import find_and_merge
 
-        applied, more, said = find_weights(applied, models)
-        click.echo(said)
-    click.echo(merge_file(target, applied, models, more))
+    click.echo(find_and_merge(target, applied, models))
 
 
 @main.command()
 @_targets
-@click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers.")
+@click.option("--seed", type=int, help="Of methods that draw random numbers; the file's, or else 0.")
 @click.option("--allow-unrelated", is_flag=True, help="Merge models known not to stem from the base, too.")
 @click.option("--recipes", is_flag=True, help="Write each merge's recipe instead of the model.")
 @click.option("--dry-run", is_flag=True, help="Check the spec and its models, list the merges, and stop.")
-def sweep(source: Path, seed: int, allow_unrelated: bool, recipes: bool, dry_run: bool, **given: Any) -> None:
+def sweep(source: Path, seed: int | None, allow_unrelated: bool, recipes: bool, dry_run: bool, **given: Any) -> None:
     """Merge what the spec SOURCE asks for, subsets x methods x parameters, into TARGET; models are read once."""
     from growmerge.sweeping import sweep_file
 

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from checkpoint import manifest
-from checkpoint.files import read_json
+from checkpoint.files import disk_errors, read_json
 from checkpoint.finite import Finite, NotFiniteError
 from checkpoint.layout import Layout
 from checkpoint.open import open_checkpoint
@@ -24,9 +24,12 @@ from checkpoint.writer import PROGRESS, Output, write_checkpoints
 from checkpoint.zero3_layout import Zero3Layout
 from growmerge import __version__
 from parallel.errors import InputError, one_of
+from slurm.lease import Lease
 from upscale.factors import Recipe
 from upscale.grow import grow
 
+LEASE = ".lease.json"
+"""Of whoever writes into a folder."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -54,6 +57,17 @@ class Target:
     """Threads; the machine's cores by default."""
     finite: bool = False
     """Refuse a source that holds a NaN or an infinity."""
+
+    @property
+    def threads(self) -> int:
+        """Workers that write.
+
+        Raises:
+            InputError: a number that makes no sense.
+        """
+        if self.workers is not None and not 1 <= self.workers <= 1024:
+            raise InputError(f"--workers is {self.workers}: allowed are 1 to 1024")
+        return self.workers or os.cpu_count() or 1
 
 
 def _safetensors(source: Source, target: Target) -> Layout:
@@ -148,16 +162,44 @@ def write_target(
         InputError: the target is taken or cannot be written; an unknown format or dtype.
     """
     folder = target.folder
-    output, layout = planned(source, target, made=made, parents=parents, inputs=inputs, files=files)
-    if output is None:
+
+    def plan() -> tuple[Output | None, Layout]:
+        return planned(source, target, made=made, parents=parents, inputs=inputs, files=files)
+
+    if plan()[0] is None:
         return f"nothing to do: {folder} is there and whole"
-    try:
-        write_checkpoints([output], layout, workers=target.workers or os.cpu_count() or 1)
-    except NotFiniteError:
-        shutil.rmtree(folder)  # there is no going on
-        raise
+    with held(folder, f"growmerge {made.get('verb', 'convert')}"):
+        output, layout = plan()  # another run may have written it meanwhile
+        if output is None:
+            return f"nothing to do: {folder} is there and whole"
+        try:
+            write_checkpoints([output], layout, workers=target.threads)
+        except NotFiniteError:
+            for path in folder.iterdir():  # there is no going on
+                if path.name != LEASE:
+                    path.unlink()
+            raise
     size = sum(entry["size"] for entry in manifest.read_manifest(folder)["files"].values())
     return f"{folder}: {target.format}, {size:,} bytes"
+
+
+@contextmanager
+def held(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder that is written into; two that write at once would leave a mixture that looks whole.
+
+    Raises:
+        InputError: somebody else holds it, or it cannot be made.
+    """
+    there = folder.is_dir()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with Lease(folder / LEASE, doing):
+            yield
+    finally:
+        if not there:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
 
 
 def planned(
@@ -195,7 +237,7 @@ def planned(
         **made,
         **descend(parents),
         "tokens": source.run.tokens,
-        "inputs": [_fingerprint(path) for path in inputs],
+        "inputs": [fingerprint(path) for path in inputs],
         "layout": repr(layout),
         "versions": {"growmerge": __version__, "torch": torch.__version__},
     }
@@ -208,12 +250,13 @@ def planned(
         if target.finite:
             Finite(open_checkpoint(folder), folder).scan()
         return None, layout
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PROGRESS).is_file():
+    others = [path for path in folder.iterdir() if path.name != LEASE] if folder.is_dir() else []
+    if others and not (folder / PROGRESS).is_file():
         raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
     return Output(source=source, folder=folder, about=about, files=files), layout
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
     """Return what tells a source folder from another: its manifest's digest, or its files' names, sizes and times."""
     if manifest.is_complete(folder):
         return manifest.digest(manifest.read_manifest(folder))

@@ -1,11 +1,13 @@
 """`growmerge merge`: a recipe to a checkpoint in any format, straight from models in any format."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint import manifest
 from checkpoint.files import read_json
 from checkpoint.lora import apply_lora
 from checkpoint.open import open_checkpoint
@@ -13,6 +15,7 @@ from checkpoint.source import Source
 from growmerge.convert import COMPANIONS, Target, record_of, write_target
 from growmerge.hub import NAME, PREFIX, place
 from merge.apply import Applied, apply_recipe
+from merge.averaging import WHERE as CHECKPOINTS
 from merge.chat import chat_template
 from merge.recipe import Recipe, read_recipe
 from merge.table import METHODS
@@ -22,6 +25,7 @@ from merge.tokenizers import MergedVocabulary, merged_vocabulary
 from merge.vocabulary import aligned, moved_ids
 from parallel.errors import InputError
 
+TOKENIZER = "tokenizer.json"
 WRITTEN = "mergekit_config.yml"
 """The recipe beside its result, under the name that mergekit gives it."""
 
@@ -35,6 +39,8 @@ class Models:
     folders: dict[str, list[Path]] = field(default_factory=dict)
     """Of each model that was opened: its own, and its adapter's."""
     vocabulary: MergedVocabulary | None = None
+    statistics: list[Path] = field(default_factory=list)
+    """Folders of statistics that the recipe names."""
 
     def open(self, name: str) -> Source:
         """Return a model as the recipe names it, with its adapter.
@@ -61,6 +67,13 @@ class Models:
             return place(self.file.parent, hub)
         raise InputError("no such folder, neither beside the recipe nor here")
 
+    def place_also(self, name: str) -> Path:
+        """Return the folder of what is no model: statistics, or a run whose checkpoints are."""
+        folder = self.place(name)
+        if manifest.is_complete(folder):
+            self.statistics.append(folder)
+        return folder
+
     def place_file(self, name: str) -> Path:
         """Return a file that the recipe names."""
         for base in (self.file.parent, Path()):
@@ -71,6 +84,13 @@ class Models:
     def is_there(self, name: str) -> bool:
         """Whether a name is a folder, beside the recipe or here."""
         return any((base / name).is_dir() for base in (self.file.parent, Path()))
+
+    def tokenizer(self, name: str) -> Path:
+        """Return where a model's tokenizer is: beside it, or for a run's checkpoints beside the run's model."""
+        folder = self.folders[name][0]
+        if not (folder / TOKENIZER).is_file() and folder.parent.name == CHECKPOINTS:
+            return folder.parent.parent / "model"
+        return folder
 
     def align(self, models: Mapping[str, Source]) -> dict[str, Source]:
         """Return the models over the output's vocabulary, if the recipe asks for one.
@@ -85,7 +105,7 @@ class Models:
         try:
             request = read_request(asked)
             tokenizers = [
-                read_tokenizer(name, self.folders[name][0], source.config["vocab_size"])
+                read_tokenizer(name, self.tokenizer(name), source.config["vocab_size"])
                 for name, source in models.items()
             ]
             self.vocabulary = merged_vocabulary(tokenizers, request, base=recipe.base)
@@ -96,9 +116,12 @@ class Models:
 
 
 def apply_file(
-    path: Path, *, seed: int = 0, lenient: bool = False, allow_unrelated: bool = False
+    path: Path, *, seed: int | None = None, lenient: bool = False, allow_unrelated: bool = False
 ) -> tuple[Applied, Models]:
     """Read a recipe and open its models.
+
+    Args:
+        seed: of methods that draw random numbers, instead of the recipe's; 0 if neither gives one.
 
     Raises:
         InputError: anything wrong with it, with its line.
@@ -106,10 +129,32 @@ def apply_file(
     recipe = read_recipe(path, lenient=lenient)
     models = Models(file=path, recipe=recipe)
     applied = apply_recipe(
-        recipe, models.open, align=models.align, place=models.place, seed=seed, allow_unrelated=allow_unrelated
+        recipe,
+        models.open,
+        align=models.align,
+        place=models.place_also,
+        seed=recipe.seed or 0 if seed is None else seed,
+        allow_unrelated=allow_unrelated,
     )
     models.recipe = applied.recipe
-    return applied, models
+    notes = (*applied.merged.notes, *(f"{path}:{recipe.slices[0].line}: {note}" for note in different_words(models)))
+    return replace(applied, merged=replace(applied.merged, notes=notes)), models
+
+
+def different_words(models: Models) -> list[str]:
+    """Return a line if tokenizers differ and nothing is done about it: rows are then other tokens'."""
+    found: dict[str, list[str]] = {}
+    for name in models.folders:
+        path = models.tokenizer(name) / TOKENIZER
+        if path.is_file():
+            parts = read_json(path)
+            words = [parts.get("model", {}).get("vocab"), parts.get("added_tokens")]
+            key = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+            found.setdefault(key, []).append(name)
+    if len(found) < 2 or models.vocabulary is not None:
+        return []
+    kinds = "; ".join(", ".join(names) for names in found.values())
+    return [f"the tokenizers differ ({kinds}): a row is not the same token in all; tokenizer_source brings them to one"]
 
 
 def merge_file(target: Target, applied: Applied, models: Models, more: Mapping[str, bytes] | None = None) -> str:
@@ -127,15 +172,14 @@ def merge_file(target: Target, applied: Applied, models: Models, more: Mapping[s
 def written_of(applied: Applied, models: Models, target: Target, more: Mapping[str, bytes]) -> dict[str, Any]:
     """Return what `growmerge.convert.planned` has to know of a merge beside its source."""
     recipe = applied.recipe
-    parents = []
-    for name in recipe.models:
-        record = record_of(models.folders[name][0])
-        parents.append({**record, "name": record.get("name", name)})
+    records = {name: applied.models[name].run.provenance for name in recipe.models}
+    records |= {folder.name: record_of(folder) for folder in models.statistics}
+    parents = [{**record, "name": record.get("name", name)} for name, record in records.items()]
     provenance = applied.merged.run.provenance
     return {
         "made": {key: provenance[key] for key in ("verb", "recipe")},
         "parents": parents,
-        "inputs": [folder for name in recipe.models for folder in models.folders[name]],
+        "inputs": [*(folder for name in recipe.models for folder in models.folders[name]), *models.statistics],
         "files": {**files_beside(applied, models, target), **more},
     }
 
@@ -143,7 +187,7 @@ def written_of(applied: Applied, models: Models, target: Target, more: Mapping[s
 def files_beside(applied: Applied, models: Models, target: Target) -> dict[str, bytes]:
     """Return the small files of a merged model: tokenizer, generation config, recipe and card."""
     recipe = applied.recipe
-    first = models.folders[recipe.models[0]][0]
+    first = models.tokenizer(recipe.models[0])
     found = {name: (first / name).read_bytes() for name in COMPANIONS if (first / name).is_file()}
     if models.vocabulary is not None:
         generation = found.get("generation_config.json")
@@ -155,7 +199,7 @@ def files_beside(applied: Applied, models: Models, target: Target) -> dict[str, 
     if recipe.chat_template is not None:
         try:
             template = chat_template(
-                recipe.chat_template, {name: _template(models.folders[name][0]) for name in recipe.models}
+                recipe.chat_template, {name: _template(models.tokenizer(name)) for name in recipe.models}
             )
         except InputError as error:
             raise InputError(f"{recipe.at('chat_template')}: {error}") from None

@@ -1,26 +1,33 @@
 """`merge_method: search`: the weights that make the languages' texts cheapest, and a plain recipe of them."""
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from checkpoint import manifest
+from checkpoint.files import disk_errors
 from eval.bits_per_byte import document_requests
-from growmerge.merging import Models
+from growmerge.convert import Target, fingerprint, planned, record_of
+from growmerge.events import EventLog, read_events
+from growmerge.merging import Models, merge_file, written_of
 from growmerge.tokenizer_report import read_text
 from merge.apply import Applied
 from merge.merge import MergedSource
-from merge.recipe import plain
+from merge.recipe import Parameters, Recipe, plain
 from merge.search import Found, Text, Try, groups_of, search_weights, with_factors
 from merge.search_settings import Search
-from parallel.document import read_document
+from merge.table import METHODS, Parameter
+from parallel.document import Item
 from parallel.errors import InputError
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 
@@ -29,8 +36,35 @@ EVERY_S = 15.0
 """Seconds between plain lines."""
 
 
-def find_weights(applied: Applied, models: Models) -> tuple[Applied, dict[str, bytes], str]:
+def find_and_merge(target: Target, applied: Applied, models: Models) -> str:
+    """Search, and write the merge with the weights found; return what is said of it.
+
+    The tries are noted beside the target as they come; the same command goes on from them.
+
+    Raises:
+        InputError: as `find_weights` and `growmerge.merging.merge_file`; a target that is taken, before the search.
+    """
+    folder = target.folder
+    about = written_of(applied, models, target, {})
+    known = record_of(folder) if manifest.is_complete(folder) else {}
+    asked = {**applied.merged.recipe, "found": known.get("recipe", {}).get("found")}
+    if known.get("recipe") == asked and known["inputs"] == [fingerprint(path) for path in about["inputs"]]:
+        manifest.check(folder)
+        return f"nothing to do: {folder} is there and whole"
+    planned(applied.merged, target, **about)
+    log = folder.parent / f".{folder.name}.search.jsonl"
+    done, more, said = find_weights(applied, models, log)
+    written = merge_file(target, done, models, more)
+    log.unlink(missing_ok=True)
+    return f"{said}\n{written}"
+
+
+def find_weights(applied: Applied, models: Models, log: Path | None = None) -> tuple[Applied, dict[str, bytes], str]:
     """Search as a recipe asks for it; return the merge with the weights found, files to go with it, and what to say.
+
+    Args:
+        log: where each try is written as it comes; those of the same search that it already holds are not made again.
+            Whoever calls deletes it when all is done.
 
     Raises:
         InputError: no text, no tokenizer, or a recipe of slices; with the recipe's line.
@@ -43,14 +77,20 @@ def find_weights(applied: Applied, models: Models) -> tuple[Applied, dict[str, b
         raise InputError(f"{at}: a search is for whole models: list them under `models`")
     try:
         texts = _texts(search, models)
+        tries = _Tries(log, _key(applied, texts))
         with _Progress(search.evaluations) as progress:
-            found = search_weights(applied.merged, search, texts, progress.tell)
+
+            def report(number: int, one: Try) -> None:
+                tries.keep(number, one)
+                progress.tell(number, one)
+
+            found = search_weights(applied.merged, search, texts, report, tries.known)
     except InputError as error:
         raise InputError(f"{at}: {error}") from error
     except ModuleNotFoundError:
         raise InputError(f"{at}: cma is not installed: pip install 'growmerge[search]'") from None
     merged = with_factors(applied.merged, groups_of(applied.merged, search), found.best.factors)
-    text = plain_recipe(recipe.file, merged, [*applied.merged.reads.labels])
+    text = plain_recipe(recipe, merged)
     merged = replace(merged, recipe={**applied.merged.recipe, "found": text})
     done = replace(applied, merged=merged, recipe=replace(recipe, text=text))
     files = {RESULT: (json.dumps(_result(search, found), indent=1, ensure_ascii=False) + "\n").encode()}
@@ -65,9 +105,47 @@ def find_weights(applied: Applied, models: Models) -> tuple[Applied, dict[str, b
     )
 
 
+class _Tries:
+    """A search's tries in a file, by a key that is the search's own: a killed search goes on behind them."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path, self._key = path, key
+        self.known: list[Try] = []
+        if path is None:
+            return
+        with disk_errors(path):
+            found = {event["try"]: event for event in read_events(path) if event.get("search") == key}
+            self._log = EventLog(path)
+        while event := found.get(len(self.known) + 1):
+            factors = {group: tuple(values) for group, values in event["factors"].items()}
+            self.known.append(Try(factors=factors, bits_per_byte=event["bits_per_byte"], seconds=event["seconds"]))
+
+    def keep(self, number: int, one: Try) -> None:
+        """Write a try that is not yet there; the last one of a number counts."""
+        if self._path is None or any(one is old for old in self.known[number - 1 : number]):
+            return
+        with disk_errors(self._path):
+            self._log.write({"search": self._key, "try": number, **asdict(one)})
+
+
+def _key(applied: Applied, texts: Mapping[str, Text]) -> str:
+    """Return what decides all of a search's tries, as a hash."""
+    recipe, merged = applied.recipe, applied.merged
+    models = [merged.reads.identity(number) for number in range(len(merged.reads.sources))]
+    weights = {name: order.each["weight"] for name, order in merged.orders.items()}
+    parts = (recipe.search, recipe.text, merged.seed, models, weights, texts)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def _texts(search: Search, models: Models) -> dict[str, Text]:
-    first = models.folders[models.recipe.models[0]][0]
-    tokenizer = load_tokenizer(first)
+    """Return the texts in the tokens of the model that is made."""
+    if models.vocabulary is None:
+        tokenizer = load_tokenizer(models.tokenizer(models.recipe.models[0]))
+    else:
+        with TemporaryDirectory() as folder:
+            for name, data in models.vocabulary.files.items():
+                (Path(folder) / name).write_bytes(data)
+            tokenizer = load_tokenizer(Path(folder))
     return {language: _text(models.place_file(name), tokenizer, search) for language, name in search.texts.items()}
 
 
@@ -96,20 +174,58 @@ def _first_tokens(text: str, tokenizer: TextTokenizer, most: int) -> str:
     return text[:low]
 
 
-def plain_recipe(file: Path, merged: MergedSource, labels: list[str]) -> str:
-    """Return the recipe of a search's outcome: mergekit's YAML, whose filters give each tensor its weights."""
-    recipe: dict[str, Any] = plain(read_document(file))
-    recipe["merge_method"] = merged.method
-    del recipe["search"]
-    recipe.get("parameters", {}).pop("weight", None)
-    order = next(iter(merged.orders.values()))
-    numbers = {labels[operand.model]: place for place, operand in enumerate(order.operands)}
-    for entry in recipe["models"]:
-        place = numbers.get(entry["model"])
-        if place is not None:  # the base's weight changes nothing
-            weights = {name: one.each["weight"][place] for name, one in merged.orders.items()}
-            entry.setdefault("parameters", {})["weight"] = _filters(weights)
-    return str(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+def plain_recipe(recipe: Recipe, merged: MergedSource) -> str:
+    """Return the recipe of a search's outcome: mergekit's YAML, with an entry for each model that is summed.
+
+    Args:
+        recipe: what was applied, of whole models.
+        merged: what came of it.
+    """
+    orders = merged.orders
+    inputs = {one.model: one.parameters for one in recipe.slices[0].inputs}
+    entries = []
+    for place, operand in enumerate(next(iter(orders.values())).operands):
+        name = merged.reads.labels[operand.model]  # not listed: a base that is summed like the others
+        weight = _filters({tensor: order.each["weight"][place] for tensor, order in orders.items()})
+        entries.append({"model": name, "parameters": {"weight": weight, **_parameters(recipe, inputs.get(name, {}))}})
+    also = {
+        "base_model": recipe.base,
+        "parameters": _parameters(recipe, recipe.module, recipe.parameters) or None,
+        "dtype": recipe.dtype,
+        "tokenizer_source": recipe.tokenizer_source,
+        "tokenizer": recipe.tokenizer,
+        "chat_template": recipe.chat_template,
+    }
+    found: dict[str, Any] = {"models": entries, "merge_method": recipe.method}
+    found |= {key: value for key, value in also.items() if value is not None}
+    return str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
+
+
+def _parameters(recipe: Recipe, *places: Parameters) -> dict[str, Any]:
+    """Return what is given for all parameters but the weight, as a recipe has it: the first place goes first."""
+    takes = METHODS[recipe.method].parameters
+    found = {}
+    for name in dict.fromkeys(name for place in places for name in place if name != "weight"):
+        settings = [setting for place in places if name in place for setting in place[name].settings]
+        values = []
+        for setting in settings:
+            parts = [_written(item, takes[name]) for item in setting.values]
+            value = parts if setting.gradient else parts[0]
+            values.append({"value": value} if setting.filter is None else {"filter": setting.filter, "value": value})
+            if setting.filter is None:  # nothing is left for those behind it
+                break
+        found[name] = values[0]["value"] if "filter" not in values[0] else values
+    return found
+
+
+def _written(item: Item, parameter: Parameter) -> Any:
+    """Return a value of which the recipe's reader makes what it has made of an item."""
+    if parameter.kind is str and item.tag != "null":
+        return item.value
+    try:
+        return plain(item)
+    except ValueError:  # a number to YAML alone, such as 1:30; the reader takes it for text
+        return item.value
 
 
 def _filters(weights: Mapping[str, float]) -> Any:

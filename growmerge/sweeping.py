@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.files import write_bytes, write_json
-from checkpoint.writer import write_checkpoints
-from growmerge.convert import Target, planned
-from growmerge.merging import Models, written_of
+from checkpoint.layout import Layout
+from checkpoint.writer import Output, write_checkpoints
+from growmerge.convert import Target, held, planned
+from growmerge.merging import Models, different_words, written_of
 from merge.apply import Applied, apply_recipe
 from merge.reads import Reads
 from merge.recipe import Recipe, parse_recipe
 from merge.sweep import Merge, Sweep, read_sweep
+from merge.table import METHODS
 from parallel.errors import InputError
 
 AT_ONCE = 200
@@ -22,32 +24,36 @@ INDEX = "sweep.json"
 
 
 def sweep_file(
-    path: Path, target: Target, *, seed: int, allow_unrelated: bool, recipes_only: bool, dry_run: bool
+    path: Path, target: Target, *, seed: int | None, allow_unrelated: bool, recipes_only: bool, dry_run: bool
 ) -> Iterator[str]:
     """Do what a spec asks for; yield what is said of it.
 
     Args:
         target: how the models are written; its folder is the folder of all of them.
+        seed: instead of the spec's.
         recipes_only: write each one's recipe instead of the model.
 
     Raises:
         InputError: anything wrong with the spec, its models or the place.
     """
     sweep = read_sweep(path)
+    seed = sweep.seed or 0 if seed is None else seed
     for group in sweep.groups:
         applied, models = _applied(sweep, group, seed, allow_unrelated)
         yield from dict.fromkeys(note for one in applied.values() for note in _notes(one))
+        yield from (f"note: {sweep.file}: {note}" for note in different_words(models))
         if dry_run:
             yield from (_told(merge) for merge in group)
         elif recipes_only:
             for merge in group:
-                text = merge.recipe(_from_there(models, target.folder))
+                text = replace(merge, seed=seed).recipe(_from_there(models, target.folder))
                 write_bytes(target.folder / f"{merge.name}.yml", text.encode())
         else:
-            yield from _write(applied, models, target)
+            with held(target.folder, "growmerge sweep"):
+                yield from _write(applied, models, target)
     count = f"{len(sweep.merges)} merges"
     if not dry_run:
-        write_json(target.folder / INDEX, [_entry(merge) for merge in sweep.merges])
+        write_json(target.folder / INDEX, [_entry(merge, seed) for merge in sweep.merges])
     yield count if dry_run else f"{target.folder}: {count}"
 
 
@@ -78,17 +84,22 @@ def _applied(
 
 
 def _write(applied: Mapping[str, Applied], models: Models, target: Target) -> Iterator[str]:
-    """Write what is not there, as many at once as files may be open."""
-    outputs = []
+    """Write what is not there, as many at once as files may be open; those that hold whole matrices one by one."""
+    groups: dict[tuple[str, ...], list[tuple[Output, Layout]]] = {}
     for name, one in applied.items():
         own = replace(target, folder=target.folder / name)
         output, layout = planned(one.merged, own, **written_of(one, models, own, {}))
         if output is not None:
-            outputs.append(output)
-    if len(outputs) < len(applied):
-        yield f"{len(applied) - len(outputs)} of {len(applied)} are there and whole"
-    for start in range(0, len(outputs), AT_ONCE):
-        write_checkpoints(outputs[start : start + AT_ONCE], layout, workers=target.workers or os.cpu_count() or 1)
+            alone = name if METHODS[one.merged.method].whole_matrix else ""
+            dtypes = {str(info.slots.get("weight")) for info in one.merged.infos.values()}
+            groups.setdefault((alone, repr(layout), *sorted(dtypes)), []).append((output, layout))
+    count = sum(map(len, groups.values()))
+    if count < len(applied):
+        yield f"{len(applied) - count} of {len(applied)} are there and whole"
+    for outputs in groups.values():
+        for start in range(0, len(outputs), AT_ONCE):
+            part = outputs[start : start + AT_ONCE]
+            write_checkpoints([output for output, _ in part], part[0][1], workers=target.threads)
 
 
 def _notes(one: Applied) -> list[str]:
@@ -105,8 +116,13 @@ def _from_there(models: Models, folder: Path) -> Callable[[str], str]:
     """Return how a model is found from a folder."""
 
     def place(name: str) -> str:
-        found = models.folders[name][0]
-        return name if Path(name).is_absolute() or not models.is_there(name) else os.path.relpath(found, folder)
+        parts = [name] if models.is_there(name) else name.split("+")
+        places = zip(parts, models.folders[name], strict=True)
+        # What is on the Hub, or anywhere by its whole path, is found from everywhere.
+        return "+".join(
+            part if Path(part).is_absolute() or not models.is_there(part) else os.path.relpath(place, folder)
+            for part, place in places
+        )
 
     return place
 
@@ -116,6 +132,6 @@ def _told(merge: Merge) -> str:
     return f"{merge.name}: {merge.method} of {', '.join(merge.models)}" + (f" ({parameters})" if parameters else "")
 
 
-def _entry(merge: Merge) -> dict[str, Any]:
-    about = {"name": merge.name, "method": merge.method, "models": list(merge.models)}
+def _entry(merge: Merge, seed: int) -> dict[str, Any]:
+    about = {"name": merge.name, "method": merge.method, "models": list(merge.models), "seed": seed}
     return {**about, "parameters": dict(merge.parameters), **merge.group}

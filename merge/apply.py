@@ -10,7 +10,7 @@ from checkpoint.source import Source
 from merge.averaging import with_checkpoints
 from merge.inform import Place, inform
 from merge.lint import lint
-from merge.merge import MergedSource, check_meaning
+from merge.merge import DOUBTFUL, MergedSource, check_meaning
 from merge.reads import Reads
 from merge.recipe import Recipe
 from merge.resolve import resolve
@@ -69,7 +69,8 @@ def apply_recipe(
     first = recipe.models[0]
     for name, source in models.items():
         try:
-            check_meaning(name, source, first, models[first], but=("tie_word_embeddings",))
+            but = ("tie_word_embeddings", *(DOUBTFUL if allow_unrelated else ()))
+            check_meaning(name, source, first, models[first], but=but)
         except InputError as error:
             raise InputError(f"{recipe.file}:{lines.get(name, 1)}: {error}") from error
     reads = Reads(sources, [*models]) if reads is None else reads

@@ -26,6 +26,9 @@ from parallel.families import Family, Kind
 SAME = ("num_attention_heads", "hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters")
 """Further keys of the config that change what weights mean; models that state one differently are not merged."""
 
+DOUBTFUL = SAME[1:]
+"""Those with which a merge can be made, whatever it is good for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergedSource:
@@ -91,7 +94,10 @@ class MergedSource:
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
         merged = RUNNERS[self.method].merge(self._stack(name, stats.inner), box, stats.method)
-        out["weight"].copy_(merged)
+        rounded = out["weight"].copy_(merged)
+        # The sum of finite numbers may overflow; one of them that is not finite makes it so for certain.
+        if not torch.isfinite(rounded.sum(dtype=torch.float32)) and not torch.isfinite(rounded).all():
+            raise InputError(f"{name}: a merged value is too large for {str(rounded.dtype).removeprefix('torch.')}")
 
     @cached_property
     def _kinds(self) -> Mapping[str, Kind]:
@@ -150,12 +156,14 @@ def merge(
         raise InputError(f"{len(weights)} weights given for {len(sources)} models: one weight a model is needed")
     labels = [label(source, number, names) for number, source in enumerate(sources)]
     given = dict(parameters or {})
-    if "weight" in takes.parameters:
-        given["weight"] = [1.0] * len(sources) if weights is None else list(weights)
-    elif weights is not None:
+    if weights is not None and "weight" not in takes.parameters:
         raise InputError(f"merge method {method} takes no weights")
+    if weights is not None and "weight" in given:
+        raise InputError("weights are given twice: as weights and among the parameters")
+    if "weight" in takes.parameters:
+        given.setdefault("weight", [1.0] * len(sources) if weights is None else list(weights))
     settings = settings_of(method, given, labels)
-    check_fit(sources, labels, base)
+    check_fit(sources, labels, base, but=DOUBTFUL if allow_unrelated else ())
     like = sources[0] if base is None else base
     counted = base is not None and takes.base != "none"
     everything = [*sources, *([base] if base is not None else [])]
@@ -192,12 +200,14 @@ def label(source: Source, number: int | None, names: Sequence[str] | None = None
     return f"{place} ({name})" if name else place
 
 
-def check_fit(sources: Sequence[Source], labels: Sequence[str], base: Source | None) -> None:
+def check_fit(
+    sources: Sequence[Source], labels: Sequence[str], base: Source | None, *, but: Sequence[str] = ()
+) -> None:
     """Check that all models have the tensors, shapes and meaning of the base, or else of the first."""
     like = sources[0] if base is None else base
     reference = labels[0] if base is None else label(base, None)
     for who, source in zip(labels, sources, strict=True):
-        check_meaning(who, source, reference, like)
+        check_meaning(who, source, reference, like, but=but)
         for name in [*like.infos, *source.infos]:
             if name not in source.infos:
                 raise InputError(f"{who} lacks the tensor {name}, which {reference} has")
@@ -214,7 +224,8 @@ def check_meaning(who: str, source: Source, reference: str, like: Source, *, but
         raise InputError(f"{who} is of family {source.family.name}, {reference} of {like.family.name}")
     given, wanted = _meaning(source), _meaning(like)
     for key in [key for key in given if key not in but and key in wanted and given[key] != wanted[key]]:
-        raise InputError(f"{who} has {key} {given[key]}, {reference} has {wanted[key]}: they cannot be merged")
+        what = "--allow-unrelated merges them all the same" if key in DOUBTFUL else "they cannot be merged"
+        raise InputError(f"{who} has {key} {given[key]}, {reference} has {wanted[key]}: {what}")
 
 
 def _meaning(source: Source) -> dict[str, Any]:

@@ -48,7 +48,9 @@ class Reads:
     def identity(self, number: int) -> str:
         """Return what a model is known by in random numbers' keys: its weights, wherever it lies in whatever format."""
         if number not in self._identities:
-            self._identities[number] = digest(self.sources[number])
+            source: Any = self.sources[number]
+            # Over another vocabulary it is still the model that it was.
+            self._identities[number] = digest(source.source if hasattr(source, "vocabulary") else source)
         return self._identities[number]
 
     def once_a_tensor(self, name: str, key: Any, make: Callable[[], Made]) -> Made:

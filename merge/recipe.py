@@ -3,21 +3,24 @@
 What a recipe says of each tensor is worked out in `merge.resolve`.
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from merge.search_settings import SEARCH, Search, search_of
-from merge.table import METHODS
+from merge.table import METHODS, Parameter
 from parallel.document import Item, parse_document, read_document
 from parallel.errors import InputError, one_of
 
 TOP = (
     *("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype"),
-    *("tokenizer_source", "tokenizer", "chat_template", "search"),
+    *("tokenizer_source", "tokenizer", "chat_template", "seed", "search"),
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 ALSO = {
     "model": ("parameters", "checkpoints"),
     "slice": ("base_model", "parameters", "residual_weight"),
@@ -94,8 +97,10 @@ class Recipe:
     tokenizer: Mapping[str, Any] | None = None
     """As written, in plain values."""
     chat_template: str | None = None
+    seed: int | None = None
+    """Of methods that draw random numbers; None if the recipe gives none."""
     lines: Mapping[str, int] = field(default_factory=dict)
-    """Of the keys at the top."""
+    """Of the keys at the top that have a value."""
     warnings: tuple[str, ...] = ()
     """Keys that change nothing, each with its line."""
     text: str = ""
@@ -139,7 +144,7 @@ class _Reader:
         self._method = ""
 
     def recipe(self, top: Item, text: str) -> Recipe:
-        keys = self._keys(top, "", TOP)
+        keys = _given(self._keys(top, "", TOP), but=("merge_method", "search"))
         given = [name for name in ("models", "slices", "modules") if name in keys]
         if len(given) != 1:
             found = " and ".join(given) or "none"
@@ -156,9 +161,9 @@ class _Reader:
         if "modules" in keys:
             keys, module = self._module(keys)
         texts = {
-            name: self._text(keys[name], name)
-            for name in ("base_model", "dtype", "out_dtype", "tokenizer_source", "chat_template")
-            if name in keys and keys[name].tag != "null"
+            name: self._text(keys[name], name, several_lines=name == "chat_template")
+            for name in ("dtype", "out_dtype", "tokenizer_source", "chat_template")
+            if name in keys
         }
         for name in ("dtype", "out_dtype"):
             if texts.get(name, "float32") not in DTYPES:
@@ -168,13 +173,14 @@ class _Reader:
             method=method,
             slices=self._slices(keys),
             whole="models" in keys,
-            base=texts.get("base_model"),
+            base=self._model(keys["base_model"], "base_model") if "base_model" in keys else None,
             parameters=self._parameters(keys.get("parameters"), method),
             module=module,
             dtype=texts.get("out_dtype") or texts.get("dtype"),
             tokenizer_source=texts.get("tokenizer_source"),
             tokenizer=plain(keys["tokenizer"]) if "tokenizer" in keys else None,
             chat_template=texts.get("chat_template"),
+            seed=self._whole(keys["seed"], "seed", least=0) if "seed" in keys else None,
             lines={name: item.line for name, item in keys.items()},
             warnings=tuple(self._warnings),
             text=text,
@@ -204,7 +210,7 @@ class _Reader:
             line = keys["modules"].line
             raise self._error(line, f"{len(modules)} modules: models of these families have one")
         ((name, item),) = modules.items()
-        inner = self._keys(item, f"module {name}", ("models", "slices", *ALSO["module"]))
+        inner = _given(self._keys(item, f"module {name}", ("models", "slices", *ALSO["module"])))
         if ("models" in inner) == ("slices" in inner):
             raise self._error(item.line, f"module {name} has exactly one of models and slices")
         own = self._parameters(inner.pop("parameters", None), self._method)
@@ -218,20 +224,20 @@ class _Reader:
             return (Slice(inputs=tuple(models), line=line),)
         found = []
         for item in self._list(keys["slices"], "slices"):
-            part = self._keys(item, "a slice", ("sources", *ALSO["slice"]))
+            part = _given(self._keys(item, "a slice", ("sources", *ALSO["slice"])))
             if "sources" not in part:
                 raise self._error(item.line, "a slice has no sources: which layers of which models?")
             if "residual_weight" in part:
                 self._warn(part["residual_weight"].line, "residual_weight changes nothing")
             sources = [self._input(one, method, layers=True) for one in self._list(part["sources"], "sources")]
-            base = self._text(part["base_model"], "base_model") if "base_model" in part else None
+            base = self._model(part["base_model"], "base_model") if "base_model" in part else None
             parameters = self._parameters(part.get("parameters"), method)
             found.append(Slice(inputs=tuple(sources), line=item.line, base=base, parameters=parameters))
         return tuple(found)
 
     def _input(self, item: Item, method: str, *, layers: bool = False) -> Input:
         allowed = ("model", *(("layer_range",) if layers else ()), *ALSO["model"])
-        keys = self._keys(item, "a source" if layers else "a model", allowed)
+        keys = _given(self._keys(item, "a source" if layers else "a model", allowed))
         if "model" not in keys:
             raise self._error(item.line, "the key model is missing: which one?")
         span = None
@@ -240,34 +246,36 @@ class _Reader:
                 raise self._error(item.line, "the key layer_range is missing, such as [0, 12]")
             span = self._span(keys["layer_range"])
         return Input(
-            model=self._model(keys["model"]),
+            model=self._model(keys["model"], "model"),
             line=keys["model"].line,
             layers=span,
             parameters=self._parameters(keys.get("parameters"), method),
-            checkpoints=self._count(keys["checkpoints"]) if "checkpoints" in keys else None,
+            checkpoints=self._whole(keys["checkpoints"], "checkpoints", least=1) if "checkpoints" in keys else None,
         )
 
-    def _count(self, item: Item) -> int:
-        count = plain(item)
-        if type(count) is not int or count < 1:
-            raise self._error(item.line, f"checkpoints is {item.given}: a whole number, 1 or more, is needed")
-        return count
+    def _whole(self, item: Item, name: str, *, least: int) -> int:
+        number = plain(item)
+        if type(number) is not int or number < least:
+            raise self._error(item.line, f"{name} is {item.given}: a whole number, {least} or more, is needed")
+        return number
 
-    def _model(self, item: Item) -> str:
+    def _model(self, item: Item, what: str) -> str:
         """Return a model as one text; mergekit takes a mapping as well."""
         if not isinstance(item.value, dict):
-            return self._text(item, "model")
-        keys = self._keys(item, "model", ("model", "lora", "override_architecture"))
+            return self._text(item, what)
+        keys = _given(self._keys(item, what, ("model", "lora", "override_architecture")))
         texts = {}
         for name in ("model", "lora"):
-            if name not in keys or keys[name].tag == "null":
+            if name not in keys:
                 continue
             if not isinstance(keys[name].value, dict):
                 texts[name] = self._text(keys[name], name)
                 continue
-            parts = self._keys(keys[name], name, ("path", "revision"))
+            parts = _given(self._keys(keys[name], name, ("path", "revision")))
+            if "path" not in parts:
+                raise self._error(keys[name].line, f"{name}: the key path is missing: which one?")
             texts[name] = "@".join(self._text(parts[key], key) for key in ("path", "revision") if key in parts)
-        if "override_architecture" in keys and keys["override_architecture"].tag != "null":
+        if "override_architecture" in keys:
             self._warn(keys["override_architecture"].line, "override_architecture changes nothing: config.json decides")
         if "model" not in texts:
             raise self._error(item.line, "the key model is missing: which one?")
@@ -341,10 +349,11 @@ class _Reader:
             raise self._error(item.line, f"{name}: {item.given} is given; a list with one entry at least is needed")
         return item.value
 
-    def _text(self, item: Item, name: str) -> str:
-        if not isinstance(item.value, str) or item.tag == "null" or not item.value.isprintable():
+    def _text(self, item: Item, name: str, *, several_lines: bool = False) -> str:
+        text = item.value if isinstance(item.value, str) and item.tag != "null" else None
+        if text is None or not (re.sub(r"[\n\t]", "", text) if several_lines else text).isprintable():
             raise self._error(item.line, f"{name}: {item.given} is given; text is needed")
-        return item.value
+        return text
 
     def _unknown(self, line: int, problem: str) -> None:
         if not self._lenient:
@@ -358,6 +367,11 @@ class _Reader:
         return InputError(f"{self._path}:{line}: {problem}")
 
 
+def _given(keys: Mapping[str, Item], *, but: Sequence[str] = ()) -> dict[str, Item]:
+    """Return the keys that have a value: null is as good as none, as in mergekit, but for some."""
+    return {name: item for name, item in keys.items() if item.tag != "null" or name in but}
+
+
 def plain(item: Item) -> Any:
     """Return a value of the file as text, number, list or mapping."""
     if isinstance(item.value, dict):
@@ -365,7 +379,36 @@ def plain(item: Item) -> Any:
     if isinstance(item.value, tuple):
         return [plain(value) for value in item.value]
     if item.tag in ("int", "float"):
-        return float(item.value) if item.tag == "float" else int(item.value)
+        return _number(item.value, item.tag)
     if item.tag in ("bool", "null"):
-        return None if item.tag == "null" else item.value.lower() in ("true", "yes", "on")
+        return None if item.tag == "null" else SWITCH.get(item.value.lower(), item.value)
     return item.value
+
+
+def _number(text: str, tag: str) -> int | float | str:
+    """Return what YAML 1.1 takes for a number; as text what nobody means by it, such as 8:24 for 504."""
+    digits = text.replace("_", "").lower()
+    try:
+        if tag == "float":
+            return float(re.sub(r"\.(?=inf$|nan$)", "", digits))
+        return int(digits, 8 if re.fullmatch(r"[-+]?0[0-7]+", digits) else 0)
+    except ValueError:
+        return text
+
+
+def typed(item: Item, parameter: Parameter) -> Any:
+    """Return a value of the file as a parameter's kind, as far as it is one: YAML reads 1e-5 as text."""
+    if item.tag == "null" or not isinstance(item.value, str):
+        return plain(item)
+    text = item.value
+    if parameter.kind is str:
+        return text
+    if item.tag == "bool" or (parameter.kind is bool and text.lower() in SWITCH):  # in quotes, too
+        return SWITCH.get(text.lower(), text)
+    try:
+        number = float(plain(item))
+    except (ValueError, OverflowError):
+        return text
+    if not math.isfinite(number):
+        return text
+    return bool(number) if parameter.kind is bool and number in (0, 1) else number

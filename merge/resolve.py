@@ -4,20 +4,18 @@ Values are looked for from the inside out, as in mergekit: the model's, the slic
 method's default. A gradient runs over the layers of its slice; what is before and behind the layers has its start.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.source import Source
 from merge.reads import Operand
-from merge.recipe import Given, Input, Parameters, Recipe, Setting, Slice
+from merge.recipe import Given, Input, Parameters, Recipe, Setting, Slice, typed
 from merge.settings import check_count, check_together, checked
 from merge.stack import Order
 from merge.table import METHODS, Parameter
 from parallel.errors import InputError
 from parallel.families import Family, Tensor
-
-SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,33 +145,46 @@ class _Resolver:
         values = []
         for item in setting.values:
             try:
-                values.append(checked(given.name, _typed(item.value, item.tag, parameter), parameter))
+                values.append(checked(given.name, typed(item, parameter), parameter))
             except InputError as error:
                 raise self._error(item.line, str(error)) from None
         place = t * (len(values) - 1)
         if parameter.kind is not float:
             return values[int(place)]
+        if None in values:
+            if setting.gradient:
+                raise self._error(setting.line, f"{given.name}: nothing is given among the values of a list")
+            return None
         first = int(place)
         share = place - first
         return (1 - share) * values[first] + share * values[min(first + 1, len(values) - 1)]
 
+    def check_there(self, one: Input, their: str, name: str) -> None:
+        """Refuse a model that lacks what a tensor of the merged model is made from."""
+        if their not in self.sources[self.models[one.model]].infos:
+            there = "" if their == name else f" as {name}"
+            raise self._error(one.line, f"{one.model} lacks the tensor {their}, which the merged model has{there}")
+
+    def check_used(self, one: Input, used: Collection[str], ends: tuple[bool, bool]) -> None:
+        """Refuse a model with a tensor in a slice that the merged model has no place for.
+
+        Args:
+            used: the model's tensors that are read in the slice.
+            ends: whether it is the first slice, which has what is before the layers, and the last.
+        """
+        source = self.sources[self.models[one.model]]
+        tensors = source.family.tensors(source.config)
+        last = _last(tensors)
+        for number, (name, tensor) in enumerate(tensors.items()):
+            if tensor.layer is None:
+                inside = ends[0] if number < last else ends[1]
+            else:
+                inside = one.layers is None or one.layers[0] <= tensor.layer < one.layers[1]
+            if inside and tensor.tied_to is None and name not in used:
+                raise self._error(one.line, f"{one.model} has the tensor {name}, which the merged model lacks")
+
     def _error(self, line: int, problem: str) -> InputError:
         return InputError(f"{self.recipe.file}:{line}: {problem}")
-
-
-def _typed(value: Any, tag: str, parameter: Parameter) -> Any:
-    """Return a scalar of the file as a parameter's kind, as far as it is one: YAML reads 1e-5 as text."""
-    if tag == "null":
-        return None
-    if parameter.kind is str:
-        return value
-    if tag == "bool" or (parameter.kind is bool and value.lower() in SWITCH):  # in quotes, too
-        return SWITCH[value.lower()]
-    try:
-        number = float(value)
-    except ValueError:
-        return value
-    return bool(number) if parameter.kind is bool and number in (0, 1) else number
 
 
 def resolve(recipe: Recipe, models: Mapping[str, int], sources: Sequence[Source]) -> Resolved:
@@ -194,21 +205,35 @@ def resolve(recipe: Recipe, models: Mapping[str, int], sources: Sequence[Source]
     starts = [0]
     for part in slices:
         starts.append(starts[-1] + _length(part))
-    last = max(number for number, tensor in enumerate(tensors.values()) if tensor.layer is not None)
+    last = _last(tensors)
     orders = {}
+    used: dict[tuple[int, str], set[str]] = {}
     for number, (name, tensor) in enumerate(tensors.items()):
         if tensor.tied_to is not None:
             continue
         if tensor.layer is None:
-            part, inside = (slices[0], 0) if number < last else (slices[-1], 0)
+            where, inside = (0, 0) if number < last else (len(slices) - 1, 0)
+            part = slices[where]
             t = 0.0
         else:
             where = max(place for place, start in enumerate(starts[:-1]) if start <= tensor.layer)
             part, inside = slices[where], tensor.layer - starts[where]
             t = inside / (_length(part) - 1) if _length(part) > 1 else 1.0
         names = [_name_in(family, tensor, one, inside) for one in part.inputs]
+        for one, their in zip(part.inputs, names, strict=True):
+            resolver.check_there(one, their, name)
+            used.setdefault((where, one.model), set()).add(their)
         orders[name] = resolver.order(name, part, t, names)
+    for where, part in enumerate(slices):
+        for one in part.inputs:
+            ends = (where == 0, where == len(slices) - 1)
+            resolver.check_used(one, used.get((where, one.model), set()), ends)
     return Resolved(config=config, orders=orders, unused=_unused(resolver))
+
+
+def _last(tensors: Mapping[str, Tensor]) -> int:
+    """Return the place of the last layers' last tensor."""
+    return max(number for number, tensor in enumerate(tensors.values()) if tensor.layer is not None)
 
 
 def _length(part: _Tensors) -> int:

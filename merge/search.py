@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -91,13 +92,18 @@ def with_factors(
 
 
 def search_weights(
-    merged: MergedSource, search: Search, texts: Mapping[str, Text], report: Callable[[int, Try], None]
+    merged: MergedSource,
+    search: Search,
+    texts: Mapping[str, Text],
+    report: Callable[[int, Try], None],
+    known: Sequence[Try] = (),
 ) -> Found:
     """Try merges and return the best.
 
     Args:
         merged: the merge with the weights to begin with.
         report: called with the number and outcome of each try.
+        known: the first tries of the same search, from the start on: those of equal factors are not made again.
 
     Raises:
         InputError: a model that cannot be read, or that diverges on a text.
@@ -107,18 +113,23 @@ def search_weights(
     groups = groups_of(merged, search)
     names = [*dict.fromkeys(groups.values())]
     count = len(next(iter(merged.orders.values())).operands)
-    model = load_model(merged)
+    opened = cache(lambda: load_model(merged))  # where all is known, none is needed
     tries: list[Try] = []
 
     def attempt(point: Any) -> float:
-        began = time.perf_counter()
         values = np.exp(np.asarray(point).reshape(len(names), count))
         factors = {name: tuple(map(float, row)) for name, row in zip(names, values, strict=True)}
-        refill(model, with_factors(merged, groups, factors))
-        bits = {language: bits_per_byte(model, text) for language, text in texts.items()}
-        tries.append(Try(factors=factors, bits_per_byte=bits, seconds=time.perf_counter() - began))
+        old = known[len(tries)] if len(tries) < len(known) else None
+        tries.append(old if old is not None and old.factors == factors else made(factors))
         report(len(tries), tries[-1])
         return tries[-1].mean
+
+    def made(factors: Mapping[str, tuple[float, ...]]) -> Try:
+        began = time.perf_counter()
+        model = opened()
+        refill(model, with_factors(merged, groups, factors))
+        bits = {language: bits_per_byte(model, text) for language, text in texts.items()}
+        return Try(factors=factors, bits_per_byte=bits, seconds=time.perf_counter() - began)
 
     start = np.zeros(len(names) * count)
     attempt(start)

@@ -15,14 +15,14 @@ import torch
 from checkpoint.files import disk_errors, sync_folder
 from checkpoint.manifest import block_hash
 from checkpoint.safetensors import CODES, read_header
-from checkpoint.source import Source, row_major_tiles
+from checkpoint.source import Source, box_shape, row_major_tiles
 from parallel.errors import InputError
 from parallel.faults import point
 
 STATE = ".statistics.safetensors"
 """The sums of an unfinished pass; its header's metadata holds the counts."""
-PROBE = 1 << 12
-"""Elements that are looked at of each tensor."""
+PROBE, PROBES = 1 << 9, 8
+"""Elements that are looked at together, and at how many places of each tensor: its beginning and end among them."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Sums:
 
 
 def digest(source: Source) -> str:
-    """Return what a model is known by, whatever format and folder it is in: a hash of the beginning of each tensor.
+    """Return what a model is known by, whatever format and folder it is in: a hash of parts of each tensor.
 
     Weights count as float32. Two models that training, growth or a merge has set apart differ in every tensor that it
     has touched, so a part of each is enough.
@@ -46,10 +46,13 @@ def digest(source: Source) -> str:
     found = hashlib.sha256()
     for name, info in source.infos.items():
         if info.tied_to is None:
-            box = row_major_tiles(info.shape, PROBE)[0]
-            values = torch.empty([part.stop - part.start for part in box], dtype=torch.float32)
-            source.read(name, box, {"weight": values}, source.collect(name, map))
-            found.update(f"{name} {tuple(info.shape)}\n".encode() + values.numpy().tobytes())
+            found.update(f"{name} {tuple(info.shape)}\n".encode())
+            stats = source.collect(name, map)
+            tiles = row_major_tiles(info.shape, PROBE)
+            for number in sorted({(len(tiles) - 1) * place // (PROBES - 1) for place in range(PROBES)}):
+                values = torch.empty(box_shape(tiles[number]), dtype=torch.float32)
+                source.read(name, tiles[number], {"weight": values}, stats)
+                found.update(values.numpy().tobytes())
     return found.hexdigest()
 
 

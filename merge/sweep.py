@@ -8,6 +8,7 @@ methods:
   linear: {}
   ties: {density: [0.3, 0.5]}        # a list is tried value by value; weight is 1 unless given
 dtype: bfloat16
+seed: 1                              # of methods that draw random numbers
 """
 
 import itertools
@@ -20,13 +21,13 @@ from typing import Any
 
 import yaml
 
-from merge.recipe import DTYPES, plain
+from merge.recipe import DTYPES, plain, typed
 from merge.settings import checked
 from merge.table import METHODS
 from parallel.document import Item, read_document
 from parallel.errors import InputError, one_of
 
-KEYS = ("each", "models", "base_model", "subsets", "methods", "dtype", "name")
+KEYS = ("each", "models", "base_model", "subsets", "methods", "dtype", "seed", "name")
 NAME = re.compile(r"\w[\w.+-]{0,199}")
 MOST = 100_000
 """Merges in a sweep at most."""
@@ -46,6 +47,7 @@ class Merge:
     base: str | None
     parameters: Mapping[str, Any]
     dtype: str | None
+    seed: int | None = None
 
     def recipe(self, place: Callable[[str], str] = str) -> str:
         """Return mergekit's YAML.
@@ -63,6 +65,8 @@ class Merge:
             found["parameters"] = given
         if self.dtype is not None:
             found["dtype"] = self.dtype
+        if self.seed is not None:
+            found["seed"] = self.seed
         return str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True))
 
 
@@ -73,6 +77,8 @@ class Sweep:
     file: Path
     groups: tuple[tuple[Merge, ...], ...]
     """Merges by the values of `each`, in the order of the file."""
+    seed: int | None = None
+    """Of methods that draw random numbers; None if the spec gives none."""
 
     @property
     def merges(self) -> tuple[Merge, ...]:
@@ -91,6 +97,7 @@ def read_sweep(path: Path) -> Sweep:
     for name, item in keys.items():
         if name not in KEYS:
             raise reader.error(item.line, one_of("key", name, KEYS))
+    keys = {name: item for name, item in keys.items() if item.tag != "null"}
     for name in ("models", "methods"):
         if name not in keys:
             raise reader.error(top.line, f"the key {name} is missing")
@@ -105,7 +112,7 @@ def read_sweep(path: Path) -> Sweep:
         raise reader.error(reader.line(keys, "name"), f"two merges are called {twice!r}: name needs more of {{...}}")
     if len(merges) > MOST:
         raise reader.error(top.line, f"it comes to {len(merges)} merges; allowed are {MOST}")
-    return Sweep(file=path, groups=tuple(groups))
+    return Sweep(file=path, groups=tuple(groups), seed=reader.seed(keys))
 
 
 class _Reader:
@@ -136,6 +143,15 @@ class _Reader:
             raise self.error(item.line, f"{what}: {item.given} is given; a list with one entry at least is needed")
         return [self.text(part, what) for part in item.value]
 
+    def seed(self, keys: Mapping[str, Item]) -> int | None:
+        if "seed" not in keys:
+            return None
+        seed = plain(keys["seed"])
+        if type(seed) is not int or seed < 0:
+            line, given = keys["seed"].line, keys["seed"].given
+            raise self.error(line, f"seed is {given}: a whole number, 0 or more, is needed")
+        return seed
+
     def fill(self, text: str, values: Mapping[str, str], line: int) -> str:
         """Return a text with the values of variables in the place of `{variable}`."""
         for name in re.findall(r"\{([^{}]*)\}", text):
@@ -155,6 +171,7 @@ class _Reader:
         dtype = self.text(keys["dtype"], "dtype") if "dtype" in keys else None
         if dtype is not None and dtype not in DTYPES:
             raise self.error(keys["dtype"].line, one_of("dtype", dtype, DTYPES))
+        seed = self.seed(keys)
         subsets = self._subsets(keys, [*models])
         for method, item in self.mapping(keys["methods"], "methods").items():
             if method not in METHODS:
@@ -177,6 +194,7 @@ class _Reader:
                         base=base,
                         parameters=parameters,
                         dtype=dtype,
+                        seed=seed,
                     )
 
     def _subsets(self, keys: Mapping[str, Item], models: Sequence[str]) -> list[tuple[str, ...]]:
@@ -216,8 +234,8 @@ class _Reader:
             if isinstance(value.value, dict) or (isinstance(value.value, tuple) and not value.value):
                 raise self.error(value.line, f"{name}: {value.given} is given; a value or a list of values is needed")
             try:
-                values = plain(value) if isinstance(value.value, tuple) else [plain(value)]
-                lists[name] = [checked(name, one, takes[name]) for one in values]
+                parts = value.value if isinstance(value.value, tuple) else (value,)
+                lists[name] = [checked(name, typed(one, takes[name]), takes[name]) for one in parts]
             except InputError as error:
                 raise self.error(value.line, str(error)) from None
         for values in itertools.product(*lists.values()):

@@ -37,6 +37,8 @@ class Method:
     parameters: Mapping[str, Parameter]
     source: str
     """Where it is described."""
+    whole_matrix: bool = False
+    """Whether a whole matrix is held while it is written."""
 
 
 WEIGHT = Parameter(each=True)
@@ -179,6 +181,7 @@ METHODS: dict[str, Method] = {
         source="arXiv 2111.09832",
     ),
     "regmean": Method(
+        whole_matrix=True,
         parameters={
             "gram": Parameter(kind=str, each=True),
             "weight": SHARE,
@@ -186,6 +189,8 @@ METHODS: dict[str, Method] = {
         },
         source="arXiv 2212.09849",
     ),
-    "tsv": Method(base="needed", parameters={"lambda": Parameter(default=1.0)}, source="arXiv 2412.00081"),
+    "tsv": Method(
+        whole_matrix=True, base="needed", parameters={"lambda": Parameter(default=1.0)}, source="arXiv 2412.00081"
+    ),
 }
 """A merge method a name, as mergekit 0.1.5 calls them; it has none of the last three."""

@@ -7,6 +7,8 @@ from typing import Any
 from parallel.errors import InputError, one_of
 
 KINDS = ("model_token", "zero")
+OF_MODEL = "model:"
+"""What mergekit's documentation writes before a model's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ def read_request(value: object) -> VocabularyRequest:
         InputError: a key or value that makes no sense; one line that says which, and what is allowed.
     """
     if isinstance(value, str):
-        return VocabularyRequest(source=value)
+        return VocabularyRequest(source=value.removeprefix(OF_MODEL))
     parts = _mapping("tokenizer", value, ("source", "tokens", "pad_to_multiple_of"))
     source, multiple = parts.get("source", "union"), parts.get("pad_to_multiple_of")
     if not isinstance(source, str):
@@ -57,7 +59,7 @@ def read_request(value: object) -> VocabularyRequest:
             f"tokenizer: tokens is {tokens!r}: a mapping of tokens to where their rows come from is needed"
         )
     return VocabularyRequest(
-        source=source,
+        source=source.removeprefix(OF_MODEL),
         tokens={_named(token): _entry(token, entry) for token, entry in tokens.items()},
         pad_to_multiple_of=multiple,
     )

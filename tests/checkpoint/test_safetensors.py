@@ -1,9 +1,12 @@
 """Safetensors folders, judged by transformers and by the safetensors library."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +15,10 @@ from tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from checkpoint import manifest
+from checkpoint.files import read_json
 from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
-from checkpoint.safetensors import SafetensorsLayout
+from checkpoint.safetensors import SafetensorsLayout, read_header
 from checkpoint.source import read_tensor
 from checkpoint.writer import write_checkpoint
 from parallel.errors import InputError
@@ -109,6 +113,46 @@ def test_a_damaged_folder_is_one_line_that_names_the_file(tiny_folder, damage, w
         _ = open_checkpoint(folder).infos
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "method"),
+    [
+        (read_header, "model.safetensors", "stat"),
+        (read_header, "model.safetensors", "open"),
+        (read_json, "config.json", "read_bytes"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_one_line_that_names_it(tiny_folder, monkeypatch, read, name, method):
+    """Tests may run as root, who may read everything: the error is made here."""
+    path = tiny_folder() / name
+    real = getattr(Path, method)
+
+    def refused(self, *args, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, method, refused)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: cannot be read (Permission denied)"
+
+
+def test_a_folder_in_a_file_s_place_is_one_line(tmp_path):
+    for read in (read_json, read_header):
+        with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))}: cannot be read \\(Is a directory\\)$"):
+            read(tmp_path)
+
+
+def test_a_dtype_has_one_name_in_the_config(tiny_folder, tmp_path):
+    folder = tiny_folder()
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    write_checkpoint(open_checkpoint(folder), tmp_path / "copy", SafetensorsLayout(dtype=torch.bfloat16))
+    written = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert written["dtype"] == "bfloat16" and "torch_dtype" not in written
 
 
 def test_a_flipped_bit_is_found_and_named(tiny_folder, tmp_path):

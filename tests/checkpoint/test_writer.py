@@ -1,6 +1,7 @@
 """The writer: many checkpoints side by side are those written alone, and what is interrupted goes on within a file."""
 
 import json
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
@@ -118,3 +119,33 @@ def test_an_error_leaves_no_half_written_file(tmp_path, monkeypatch):
                 Watched(source(), until=50, error=error), tmp_path / "x", SafetensorsLayout(), about={"name": "x"}
             )
         assert [path.name for path in (tmp_path / "x").iterdir()] == [PROGRESS]
+
+
+@pytest.mark.parametrize("other", [SafetensorsLayout(shard_size=10**6), Zero3Layout(ranks=2, bf16=False)])
+def test_what_an_interrupted_run_of_another_layout_left_is_not_declared_whole(tmp_path, monkeypatch, other):
+    monkeypatch.setattr(writing, "EVERY_S", 0)
+    for first, second in ((SafetensorsLayout(), other), (other, SafetensorsLayout())):
+        folder = tmp_path / f"{type(first).__name__}"
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(Watched(source(), until=50), folder, first, about={"name": "x"})
+        assert files(folder)
+        write_checkpoint(source(), folder, second, about={"name": "x"})
+        write_checkpoint(source(), tmp_path / "fresh", second, about={"name": "x"})
+        assert files(folder) == files(tmp_path / "fresh")
+        shutil.rmtree(folder)
+        shutil.rmtree(tmp_path / "fresh")
+
+
+def test_a_claim_goes_before_the_file_that_it_is_about(tmp_path, monkeypatch):
+    """Interrupted, begun anew beside another one that has nothing yet, interrupted at once, and gone on with alone."""
+    monkeypatch.setattr(writing, "EVERY_S", 0)
+    one = {"folder": tmp_path / "one", "about": {"name": "one"}}
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoints([Output(source=Watched(source(), until=50), **one)], SafetensorsLayout())
+    monkeypatch.setattr(writing, "EVERY_S", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        pair = [Output(source=Watched(source(), until=5), **one)]
+        pair.append(Output(source=source(1), folder=tmp_path / "two", about={"name": "two"}))
+        write_checkpoints(pair, SafetensorsLayout())
+    write_checkpoints([Output(source=source(), **one)], SafetensorsLayout())
+    assert torch.equal(read_tensor(open_safetensors(tmp_path / "one"), EMBEDDING), read_tensor(source(), EMBEDDING))

@@ -165,7 +165,6 @@ def plain_deepspeed(ranks, folder, tag, first, last):
     return losses
 
 
-@pytest.mark.slow
 def test_what_we_write_for_other_ranks_deepspeed_itself_loads_and_trains_on(tmp_path):
     (losses, _, _), _ = on_ranks(tmp_path, 2, run, str(tmp_path / "run"), 0, 5, "float32", 3)
     source = open_checkpoint(tmp_path / "run" / "step-3")

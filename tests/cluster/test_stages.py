@@ -108,7 +108,6 @@ def until_step(workdir, stage, step, process):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_a_pipeline_over_two_nodes_ends_with_the_numbers_of_one_machine(local, folder, environment, cluster):
     workdir = folder / "whole"
     process = start(write(folder), workdir, environment)

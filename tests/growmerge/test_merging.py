@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoint.open import open_checkpoint
 from checkpoint.source import read_tensor
 from growmerge.cli import main
+from merge import search as merge_search
 from merge.merge import merge
-from train.data.tokenizer import train_tokenizer
+from train.data.tokenizer import load_tokenizer, train_tokenizer
 
 TIES = """
 models:
@@ -318,3 +319,188 @@ def test_a_mistake_in_a_search_is_one_line(models, old, new, line):
     assert found.exit_code == 2
     assert fnmatch(found.stderr.splitlines()[-1], f"growmerge: {line}"), found.stderr
     assert not (models / "out").exists()
+
+
+ASKED = (
+    "merge_method: search\nsearch: {method: METHOD, texts: {swe: swe.txt}, evaluations: 9, kinds: true, tokens: 60}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        ("linear", "models: [{model: swe}, {model: est}]\nbase_model: base\nparameters: {weight: 1}\n"),
+        ("linear", "models: [{model: swe}, {model: base}]\nbase_model: base\nparameters: {weight: [1, 2]}\n"),
+        ("linear", "models: [{model: run, checkpoints: 2}, {model: est}]\nparameters: {weight: 1}\n"),
+        (
+            "nuslerp",
+            """
+models: [{model: {model: {path: swe}}}, {model: {model: est}, parameters: {weight: {filter: mlp, value: 2}}}]
+base_model: base
+parameters: {weight: 1}
+out_dtype: float32
+""",
+        ),
+        (
+            "dare_ties",
+            """
+base_model: base
+modules:
+  default:
+    models:
+      - {model: swe, parameters: {weight: 1.5, density: [{filter: q_proj, value: 0.2}, {value: [0.3, 0.9]}]}}
+      - {model: {model: {path: est}}, parameters: {density: {filter: mlp, value: 0.4}}}
+    parameters: {weight: 0.5, density: [{filter: norm, value: 1}]}
+parameters: {weight: 9, density: 0.6, lambda: [{filter: attn, value: 0.8}, {filter: "*", value: 1.1}], normalize: yes}
+tokenizer: {source: union, pad_to_multiple_of: 8}
+chat_template: chatml
+""",
+        ),
+    ],
+)
+def test_the_recipe_that_a_search_leaves_makes_the_same_model(models, method, text):
+    write_texts(models)
+    for number, name in enumerate(("est", "swe"), 1):
+        assert told("convert", name, f"run/checkpoints/step-0000000{number}", "--format", "zero3").exit_code == 0
+    found = told("merge", recipe(models, text + ASKED.replace("METHOD", method)), "out")
+    assert found.exit_code == 0, found.stderr
+    shutil.copy(models / "out" / "mergekit_config.yml", models / "found.yml")
+    again = told("merge", "found.yml", "again")
+    assert again.exit_code == 0, again.stderr
+    assert same_weights(models / "out", models / "again")
+    for path in models.glob("out/*"):  # the tokenizer and the chat template, too
+        if path.name not in ("README.md", "growmerge.json", "manifest.json", "search.json"):
+            assert path.read_bytes() == (models / "again" / path.name).read_bytes(), path.name
+    found = json.loads((models / "out" / "search.json").read_text())
+    assert found["best"]["mean"] < found["start"]["mean"]
+
+
+def test_a_search_reads_its_texts_in_the_tokens_of_what_it_makes(models, monkeypatch):
+    from growmerge import searching
+
+    write_texts(models)
+    given = {}
+
+    def spied(merged, search, texts, *more):
+        given.update(texts)
+        return search_weights(merged, search, texts, *more)
+
+    search_weights = searching.search_weights
+    monkeypatch.setattr(searching, "search_weights", spied)
+    text = SEARCH.replace("tokens: 200", "tokens: 60") + "tokenizer_source: union\n"
+    found = told("merge", recipe(models, text), "out")
+    assert found.exit_code == 0, found.stderr
+    first = given["est"].requests[0].tokens[1:]
+    tokenizers = {name: load_tokenizer(models / name) for name in ("out", "base")}
+    assert list(first) == list(tokenizers["out"].encode("maja mere ääres"))
+    assert list(first) != list(tokenizers["base"].encode("maja mere ääres"))
+
+
+def test_a_search_that_is_interrupted_goes_on_with_the_tries_that_are_left(models, monkeypatch):
+    from growmerge.merging import apply_file
+    from growmerge.searching import _Progress, find_weights
+
+    write_texts(models)
+    recipe(models, SEARCH)
+    log, made = models / ".out.search.jsonl", []
+    bits_per_byte = merge_search.bits_per_byte
+    monkeypatch.setattr(merge_search, "bits_per_byte", lambda *given: made.append(1) or bits_per_byte(*given))
+
+    def searched(path=log):
+        made.clear()
+        applied, files, _ = find_weights(*apply_file(models / "recipe.yaml"), path)
+        return applied.recipe.text, {**json.loads(files["search.json"]), "seconds": None}
+
+    whole = searched(None)
+    assert len(made) == 2 * 20 and not log.exists()
+
+    def stop(self, number, one):
+        if number == 13:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed, pytest.raises(KeyboardInterrupt):
+        changed.setattr(_Progress, "tell", stop)
+        searched()
+    with log.open("a") as file:
+        file.write('{"time": 1, "sea')  # cut by a kill
+    assert searched() == whole
+    assert len(made) == 2 * 7
+    assert searched() == whole
+    assert not made
+    # Another text is another search, which leaves this one's tries alone.
+    (models / "swe.txt").write_text("ett annat hus vid havet\n" * 40)
+    assert searched() != whole
+    assert len(made) == 2 * 20
+    write_texts(models)
+    assert searched() == whole
+    assert not made
+
+
+def test_tokenizers_that_differ_are_said(models):
+    found = told("merge", recipe(models), "out", "--dry-run")
+    assert (
+        "note: recipe.yaml:2: the tokenizers differ (base; swe; est): a row is not the same token in all;"
+        in found.stderr
+    )
+    aligned = told("merge", recipe(models, TIES + "tokenizer_source: union\n"), "out", "--dry-run")
+    assert "tokenizers differ" not in aligned.stderr
+
+
+def test_two_at_once_on_one_folder_are_one_too_many(models):
+    marker = models / "reached"
+    environment = {**os.environ, "GROWMERGE_FAULT": f"{marker}:write/model.safetensors"}
+    process = subprocess.Popen(command("merge", recipe(models), "out"), env=environment)
+    while not marker.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    second = told("merge", "recipe.yaml", "out")
+    assert second.exit_code == 2
+    assert "growmerge merge (pid " in second.stderr.splitlines()[-1]
+    process.kill()
+    process.wait()
+    assert told("merge", "recipe.yaml", "out").exit_code == 0
+
+
+def test_an_adapter_is_a_parent_of_its_own(models):
+    adapted = get_peft_model(tiny_model(1, torch.bfloat16, vocab_size=300), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(models / "adapter")
+    assert told("convert", "swe", "swe2").exit_code == 0
+    text = "models: [{model: swe2+adapter}]\nmerge_method: passthrough\n"
+    assert told("merge", recipe(models, text), "out").exit_code == 0
+    record = json.loads((models / "out" / "growmerge.json").read_text())
+    known = json.loads((models / "swe2" / "growmerge.json").read_text())["hash"]
+    assert record["parents"][0]["hash"] is None and known in record["ancestors"]
+
+
+@pytest.mark.parametrize("workers", ["0", "-1"])
+def test_a_number_of_workers_that_makes_no_sense(models, workers):
+    found = told("merge", recipe(models), "out", "--workers", workers)
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (
+        2,
+        f"growmerge: --workers is {workers}: allowed are 1 to 1024",
+    )
+    assert not (models / "out").exists()
+
+
+def test_a_finished_search_is_not_done_again_and_a_taken_folder_is_seen_before_it(models):
+    write_texts(models)
+    assert told("merge", recipe(models, SEARCH), "out").exit_code == 0
+    assert not list(models.glob(".out*"))
+    assert told("merge", "recipe.yaml", "out").stdout == "nothing to do: out is there and whole\n"
+    (models / "taken").mkdir()
+    (models / "taken" / "notes.txt").write_text("mine")
+    found = told("merge", "recipe.yaml", "taken")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert "taken: is not empty" in found.stderr
+
+
+def test_a_recipe_s_own_seed_and_one_on_the_command_line(models):
+    text = TIES.replace("ties", "dare_ties")
+    recipe(models, text + "seed: 5\n")
+    assert told("merge", "recipe.yaml", "own").exit_code == 0
+    assert told("merge", "recipe.yaml", "other", "--seed", "0").exit_code == 0
+    recipe(models, text)
+    assert told("merge", "recipe.yaml", "given", "--seed", "5").exit_code == 0
+    assert same_weights(models / "own", models / "given")
+    assert not same_weights(models / "own", models / "other")
+    assert json.loads((models / "own" / "growmerge.json").read_text())["recipe"]["seed"] == 5

@@ -224,7 +224,6 @@ def test_killed_at_20_random_moments_it_ends_with_the_very_numbers(undisturbed, 
         assert_goes_on(folder, workdir)
 
 
-@pytest.mark.slow
 def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tmp_path):
     folder, _ = undisturbed
     workdir = tmp_path / "run"
@@ -333,7 +332,6 @@ def assert_full(folder: Path, workdir: Path) -> None:
     assert "Traceback" not in full.stderr
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(undisturbed, disk):
     """It fills up in one stage of training; the others are done."""
     folder, (disk, resize) = undisturbed[0], disk
@@ -382,7 +380,6 @@ def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path
     assert not psutil.wait_procs(ranks, timeout=10)[1]
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_all_of_it_with_one_line(undisturbed, tmp_path):
     folder, _ = undisturbed
     workdir, marker = tmp_path / "run", tmp_path / "reached"

@@ -25,7 +25,6 @@ def home(tmp_path_factory):
     return home
 
 
-@pytest.mark.slow
 def test_a_run_is_watched_cancelled_and_goes_on(home, monkeypatch):
     monkeypatch.setenv("GROWMERGE_SLOW", "step/:0.3")
     path = write(home, "watched", ranks=1, nodes=1)

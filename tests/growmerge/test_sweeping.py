@@ -8,12 +8,16 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_merging import models, told  # noqa: F401
+from tiny import tiny_model
 from toy import command, growmerge
 
 from checkpoint import manifest
 from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsSource
+from merge import sparsify
 
 SPEC = """\
 models: {a: swe, b: est, c: base}
@@ -54,12 +58,12 @@ def test_each_is_what_its_recipe_makes_alone(folder, monkeypatch):
         plain(self, name, box, out, stats)
 
     monkeypatch.setattr(SafetensorsSource, "read", counted)
-    found = told("sweep", "spec.yaml", "out", "--workers", "1")
+    found = told("sweep", "spec.yaml", "out", "--workers", "1", "--seed", "3")
     assert found.exit_code == 0, found.stderr
     entries = shown(folder / "out")
     assert found.stdout == f"out: {len(entries)} merges\n" and len(entries) == 31
     together, read = read, 0
-    assert told("sweep", "spec.yaml", "recipes", "--recipes").exit_code == 0
+    assert told("sweep", "spec.yaml", "recipes", "--recipes", "--seed", "3").exit_code == 0
     for entry in entries:
         name = entry["name"]
         assert told("merge", f"recipes/{name}.yml", f"alone/{name}").exit_code == 0
@@ -70,7 +74,7 @@ def test_each_is_what_its_recipe_makes_alone(folder, monkeypatch):
     ties = next(entry for entry in entries if entry["name"] == "ties-density0.3-a_b")
     assert (ties["method"], ties["models"], ties["parameters"]) == ("ties", ["a", "b"], {"density": 0.3})
     assert (folder / "out" / "linear-a_b" / "tokenizer.json").is_file()
-    assert told("sweep", "spec.yaml", "out").stdout.startswith("31 of 31 are there and whole\n")
+    assert told("sweep", "spec.yaml", "out", "--seed", "3").stdout.startswith("31 of 31 are there and whole\n")
 
 
 def test_killed_it_goes_on(folder):
@@ -117,3 +121,45 @@ def test_a_mistake_is_one_line(folder, old, new, line):
     assert found.exit_code == 2
     assert fnmatch(found.stderr.strip(), f"growmerge: {line}"), found.stderr
     assert not (folder / "out").exists()
+
+
+def test_models_of_several_dtypes_each_keep_theirs(folder):
+    weights = load_file(folder / "base" / "model.safetensors")
+    save_file({name: value.float() for name, value in weights.items()}, folder / "base" / "model.safetensors")
+    (folder / "spec.yaml").write_text(
+        "models: {a: swe, b: est}\nbase_model: base\nmethods: {linear: {}, ties: {density: 0.5}, tsv: {}}\n"
+    )
+    found = told("sweep", "spec.yaml", "out")
+    assert found.exit_code == 0, found.stderr
+    for method, dtype in (("linear", torch.bfloat16), ("ties", torch.float32), ("tsv", torch.float32)):
+        tensors = load_file(folder / "out" / f"{method}-a_b" / "model.safetensors")
+        assert {value.dtype for value in tensors.values()} == {dtype}
+        manifest.check(folder / "out" / f"{method}-a_b")
+
+
+def test_statistics_are_found_once(folder, monkeypatch):
+    found = 0
+    plain = sparsify.find_cuts
+
+    def counted(*arguments):
+        nonlocal found
+        found += 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(sparsify, "find_cuts", counted)
+    (folder / "spec.yaml").write_text(
+        "models: {a: swe, b: est, c: fin}\nbase_model: base\nmethods: {ties: {density: 0.5}}\n"
+    )
+    assert told("sweep", "spec.yaml", "out", "--workers", "1").exit_code == 0
+    tensors = [info for info in open_checkpoint(folder / "base").infos.values() if info.tied_to is None]
+    assert found == 3 * len(tensors)
+
+
+def test_recipes_find_adapters_from_where_they_are(folder):
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(tiny_model(1, torch.bfloat16, vocab_size=300), lora).save_pretrained(folder / "adapter")
+    text = "models: {a: swe+adapter, b: est}\nmethods: {linear: {}}\n"
+    (folder / "spec.yaml").write_text(text)
+    assert told("sweep", "spec.yaml", "deep/recipes", "--recipes").exit_code == 0
+    found = told("merge", "deep/recipes/linear-a_b.yml", "out")
+    assert found.exit_code == 0, found.stderr

@@ -208,7 +208,6 @@ def test_without_progress_it_says_so_and_leaves_the_stacks(home, tmp_path):
     assert "most recent call first" in Path(found[1]).read_text()
 
 
-@pytest.mark.slow
 def test_ahead_of_its_jobs_end_it_saves_and_stops(whole, home):
     path = write(home, "timed")
     code, _, err = run(path, SLURM_JOB_END_TIME=str(int(time.time()) + 30))
@@ -325,7 +324,6 @@ def test_an_alarm_turns_the_run_into_a_branch(home, resumed):
     assert losses(folder) == whole
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mixtures", [("alone",), pytest.param(("alone", "both"), marks=pytest.mark.slow)])
 def test_forgetting_rings_the_alarm_and_replay_keeps_it_still(whole, home, mixtures):
     """The model knows both languages; trained on one alone it forgets the other."""

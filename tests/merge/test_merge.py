@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import CONFIG, MATRIX, NORM, model
+from models import CONFIG, EMBEDDING, MATRIX, NORM, model
 from test_oracles import CASES, merged_of
 
 import merge.merge as merging
@@ -14,6 +14,7 @@ from checkpoint.safetensors import SafetensorsLayout, open_safetensors
 from checkpoint.source import box_shape, read_tensor, row_major_tiles
 from checkpoint.writer import write_checkpoint
 from merge.merge import merge
+from merge.statistics_files import digest
 from merge.table import METHODS
 from parallel.errors import InputError
 
@@ -142,7 +143,8 @@ def test_models_that_do_not_fit(tmp_path) -> None:
     line = refused([model(1, num_attention_heads=2, head_dim=8, num_key_value_heads=1)], "linear", base=model(0))
     assert line == "model 1 has head_dim 8, base has 4: they cannot be merged"
     line = refused([model(1), model(2, rope_theta=5e5)], "linear", base=model(0, rope_theta=1e4))
-    assert line == "model 2 has rope_theta 500000.0, base has 10000.0: they cannot be merged"
+    assert line == "model 2 has rope_theta 500000.0, base has 10000.0: --allow-unrelated merges them all the same"
+    merge([model(1), model(2, rope_theta=5e5)], "linear", base=model(0, rope_theta=1e4), allow_unrelated=True)
     line = refused([model(1), model(2, num_hidden_layers=3)], "linear")
     assert line == "model 2 has the tensor model.layers.2.self_attn.q_proj.weight, which model 1 lacks"
     line = refused([model(1, num_hidden_layers=3), model(2)], "linear")
@@ -180,3 +182,29 @@ def test_provenance() -> None:
     unknown = merge([child, model(2)], "linear", base=base)
     assert unknown.notes == ("model 2: not known whether it stems from base (base)",)
     assert merge([child, stranger], "linear").notes == ()
+
+
+def test_weights_among_the_parameters_count() -> None:
+    sources = [model(1), model(2)]
+    given = merge(sources, "linear", parameters={"weight": [0.9, 0.1]})
+    assert torch.equal(read_tensor(given, MATRIX), read_tensor(merge(sources, "linear", weights=[0.9, 0.1]), MATRIX))
+    assert refused(sources, "linear", weights=[1, 1], parameters={"weight": [1, 1]}).startswith(
+        "weights are given twice"
+    )
+    assert refused(sources, "karcher", weights=[1, 1]) == "merge method karcher takes no weights"
+
+
+def test_a_result_that_its_dtype_cannot_hold_is_refused() -> None:
+    merged = merge([model(1)], "linear", weights=[3e7], parameters={"normalize": False})
+    with pytest.raises(InputError) as error:
+        read_tensor(replace(merged, dtype=torch.float16), MATRIX, dtype=torch.float16)
+    assert str(error.value) == f"{MATRIX}: a merged value is too large for float16"
+
+
+def test_what_is_drawn_goes_by_the_whole_model() -> None:
+    """Models whose tensors begin alike are told apart, and so are draws of theirs."""
+    first = model(1, vocab_size=3000)
+    other = dict(first.tensors)
+    other[EMBEDDING] = other[EMBEDDING].clone()
+    other[EMBEDDING][-1] += 1
+    assert digest(first) != digest(replace(first, tensors=other))

@@ -201,6 +201,7 @@ LINEAR = (
     "models: [{model: swe, parameters: {weight: 1}}, {model: est, parameters: {weight: 1}}]\nmerge_method: linear\n"
 )
 TIES = LINEAR.replace("linear", "ties") + "base_model: base\n"
+PART = "slices: [{sources: [{model: swe, layer_range: %s}]}]\nmerge_method: passthrough\n"
 
 
 @pytest.mark.parametrize(
@@ -250,6 +251,30 @@ TIES = LINEAR.replace("linear", "ties") + "base_model: base\n"
         ),
         ("modules: {a: {models: []}, b: {models: []}}\nmerge_method: linear\n", ":1: 2 modules: models of these *"),
         (LINEAR + "tokenizer: {}\ntokenizer_source: union\n", ":3: tokenizer and tokenizer_source are both given: *"),
+        (LINEAR + "dtype: |\n  float32\n", ":3: dtype: 'float32\\n' is given; text is needed"),
+        (LINEAR + 'chat_template: "{{ a }}\\e"\n', ":3: chat_template: '{{ a }}\\x1b' is given; text is needed"),
+        (LINEAR + "base_model: {path: swe}\n", ":3: unknown key of base_model 'path': allowed are model, lora, *"),
+        (LINEAR + "base_model: {model: {revision: a}}\n", ":3: model: the key path is missing: which one?"),
+        (LINEAR + "base_model: [swe]\n", ":3: base_model: a list is given; text is needed"),
+        (PART % "[8:24]", ":1: layer_range is ['8:24']: two layers are needed, such as [0, 12]"),
+        (PART % "[0, 8:24]", ":1: layer_range is [0, '8:24']: two layers are needed, such as [0, 12]"),
+        (PART % "[0, .nan]", ":1: layer_range is [0, nan]: two layers are needed, such as [0, 12]"),
+        (PART % "[0, !!int a]", ":1: layer_range is [0, 'a']: two layers are needed, such as [0, 12]"),
+        (PART % "null", ":1: the key layer_range is missing, such as [0, 12]"),
+        (LINEAR.replace("weight: 1", "weight: null"), ":1: weight: a value is needed"),
+        (LINEAR.replace("weight: 1", "weight: 8:24"), ":1: weight is 8:24: a finite number is needed"),
+        (LINEAR.replace("weight: 1", "weight: 1" + 400 * "0"), ":1: weight is 100*: a finite number is needed"),
+        (LINEAR.replace("weight: 1", "weight: !!bool a"), ":1: weight is a: a finite number is needed"),
+        (TIES + "parameters: {normalize: !!bool a}\n", ":4: normalize is 'a': true or false is needed"),
+        (
+            PART % "[0, 2]" + "parameters: {scale: [1, null]}\n",
+            ":3: scale: nothing is given among the values of a list",
+        ),
+        ("models: null\nmerge_method: linear\n", ":1: a recipe has exactly one of *; this one has none"),
+        (LINEAR.replace("linear", "null"), ":2: merge_method: nothing is given; text is needed"),
+        (LINEAR + "seed: -1\n", ":3: seed is -1: a whole number, 0 or more, is needed"),
+        (LINEAR + "seed: 1.5\n", ":3: seed is 1.5: a whole number, 0 or more, is needed"),
+        (LINEAR + "seed: 'a'\n", ":3: seed is 'a': a whole number, 0 or more, is needed"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, text, line):
@@ -347,3 +372,91 @@ def test_the_model_is_named_as_mergekit_names_it(tmp_path):
     path.write_text(text)
     apply_recipe(read_recipe(path), open_model)
     assert seen == ["org/swe@main+adapter"]
+
+
+def test_a_base_is_named_as_a_model_is(tmp_path):
+    base = "base_model: {model: {path: base, revision: null}, lora: null}"
+    same(applied(tmp_path, TIES.replace("base_model: base", base)).merged, applied(tmp_path, TIES).merged)
+    slices = "slices:\n  - sources: [{model: swe, layer_range: [0, 2]}, {model: base, layer_range: [0, 2]}]\n"
+    text = slices + "    base_model: {model: base}\nmerge_method: slerp\nparameters: {t: 0.5}\n"
+    wanted = merge([MODELS["swe"]], "slerp", base=MODELS["base"], parameters={"t": 0.5})
+    same(applied(tmp_path, text).merged, wanted)
+
+
+def test_a_chat_template_has_lines(tmp_path):
+    template = "{% for message in messages %}\n\t{{ message['content'] }}\n{% endfor %}\n"
+    text = LINEAR + "chat_template: |\n" + "".join(f"  {line}\n" for line in template.splitlines())
+    assert applied(tmp_path, text).recipe.chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("passthrough", "scale"), ("task_arithmetic", "density"), ("ties", "int8_mask")]
+)
+def test_a_parameter_may_be_nothing_where_that_means_something(tmp_path, method, parameters):
+    texts = {"passthrough": PART % "[0, 2]", "task_arithmetic": TIES.replace("ties", method), "ties": TIES}
+    found = applied(tmp_path, texts[method] + f"parameters: {{{parameters}: null}}\n").merged
+    same(found, applied(tmp_path, texts[method]).merged)
+
+
+def test_nothing_is_as_not_given(tmp_path):
+    wanted = applied(tmp_path, PART % "[0, 2]").merged
+    nothing = "".join(f"{name}: null\n" for name in ("models", "modules", "parameters", "base_model", "seed", "dtype"))
+    same(applied(tmp_path, PART % "[0, 2]" + nothing).merged, wanted)
+    inner = "{base_model: null, parameters: null, sources: [{model: swe, layer_range: [0, 2], parameters: null}]}"
+    same(applied(tmp_path, f"slices: [{inner}]\nmerge_method: passthrough\n").merged, wanted)
+    module = f"modules: {{default: {{models: null, slices: [{inner}]}}}}\nmerge_method: passthrough\n"
+    same(applied(tmp_path, module).merged, wanted)
+
+
+@pytest.mark.parametrize("span", ["[0, 0x2]", "[0b0, 02]", "[0, 0_2]"])
+def test_layers_as_yaml_writes_numbers(tmp_path, span):
+    same(applied(tmp_path, PART % span).merged, applied(tmp_path, PART % "[0, 2]").merged)
+
+
+def test_a_seed(tmp_path):
+    recipe = applied(tmp_path, LINEAR + "seed: 0x10\n").recipe
+    assert recipe.seed == 16 and recipe.at("seed") == f"{tmp_path / 'recipe.yaml'}:3"
+    assert applied(tmp_path, LINEAR).recipe.seed is None
+
+
+BIAS = "self_attn.q_proj.bias"
+
+
+def test_models_with_other_tensors_are_refused(tmp_path):
+    models = {**MODELS, "est": model(2, attention_bias=True)}
+    assert refused(tmp_path, LINEAR, models=models) == (
+        f":1: est has the tensor model.layers.0.{BIAS}, which the merged model lacks"
+    )
+    first = LINEAR.replace("swe", "fin").replace("est", "swe").replace("fin", "est")
+    assert refused(tmp_path, first, models=models) == (
+        f":1: swe lacks the tensor model.layers.0.{BIAS}, which the merged model has"
+    )
+    models = {**MODELS, "base": model(0, attention_bias=True)}
+    assert refused(tmp_path, TIES.replace("models: [", "models:\n  [\n    "), models=models) == (
+        f":3: swe lacks the tensor model.layers.0.{BIAS}, which the merged model has"
+    )
+    assert refused(tmp_path, "\n" + PART % "[0, 2]" + "base_model: base\n", models=models).startswith(":2: swe lacks")
+    text = LINEAR + "base_model: base\nparameters: {weight: 1}\n"
+    assert refused(tmp_path, text, models={**models, "est": models["base"]}).startswith(":1: swe lacks the tensor")
+
+
+def test_layers_of_a_model_with_other_tensors_are_refused(tmp_path):
+    models = {**MODELS, "est": model(2, attention_bias=True)}
+    swe = "\n  - sources: [{model: swe, layer_range: [0, 1]}]"
+    est = "\n  - sources: [{model: est, layer_range: [1, 2]}]"
+    end = "\nmerge_method: passthrough\n"
+    line = f":3: est has the tensor model.layers.1.{BIAS}, which the merged model lacks"
+    assert refused(tmp_path, f"slices:{swe}{est}{end}", models=models) == line
+    line = f":3: swe lacks the tensor model.layers.0.{BIAS}, which the merged model has as model.layers.1.{BIAS}"
+    assert refused(tmp_path, f"slices:{est}{swe}{end}", models=models) == line
+
+
+def test_parts_of_models_that_no_slice_names_do_not_count(tmp_path):
+    """A middle slice's head and embeddings, and layers outside of each range."""
+    models = {**MODELS, "est": model(2, tie_word_embeddings=False)}
+    text = "slices:\n" + "".join(
+        f"  - sources: [{{model: {name}, layer_range: [1, 2]}}]\n" for name in ("swe", "est", "fin")
+    )
+    merged = applied(tmp_path, text + "merge_method: passthrough\n", models).merged
+    assert merged.config["num_hidden_layers"] == 3
+    same(merged, MODELS["swe"], [EMBEDDING])

@@ -121,3 +121,28 @@ def test_settings_that_make_no_sense(given, line):
     with pytest.raises(InputError) as error:
         search_of(given)
     assert fnmatchcase(str(error.value), line)
+
+
+def test_tries_that_are_known_are_not_made_again(monkeypatch):
+    sources, made = [spread(1), spread(2)], []
+    texts = {"swe": samples(sources[0], rows=2)}
+    search = replace(SEARCH, evaluations=14)
+    monkeypatch.setattr("merge.search.bits_per_byte", lambda *given: made.append(1) or bits_per_byte(*given))
+
+    def searched(known=()):
+        made.clear()
+        return search_weights(merge(sources, "linear"), search, texts, lambda number, one: None, known)
+
+    whole = searched()
+    assert len(made) == 14
+    again = searched(whole.tries[:9])
+    assert len(made) == 5 and again.tries[:9] == whole.tries[:9]
+    assert [(one.factors, one.bits_per_byte) for one in again.tries] == [
+        (one.factors, one.bits_per_byte) for one in whole.tries
+    ]
+    monkeypatch.setattr("merge.search.load_model", None)  # not needed
+    assert searched(whole.tries) == whole and not made
+    monkeypatch.undo()
+    other = replace(whole.tries[3], factors={"all": (1.0, 2.0)}, bits_per_byte={"swe": 0.0})
+    mended = searched((*whole.tries[:3], other, *whole.tries[4:]))
+    assert [one.mean for one in mended.tries] == [one.mean for one in whole.tries]

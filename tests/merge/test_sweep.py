@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 import pytest
 import yaml
 
+from merge.recipe import parse_recipe
 from merge.sweep import read_sweep
 from parallel.errors import InputError
 
@@ -87,6 +88,14 @@ def test_subsets_can_be_listed(tmp_path):
         ("dtype: bfloat16", "name: x", "16: two merges are called 'x': name needs more of {...}"),
         ("dtype: bfloat16", "name: '{method}/{models}'", "16: 'linear/is_sv' is no folder's name: *"),
         ("  linear:", "  fisher: {fisher: a}", "11: fisher: a sweep has no statistics; *"),
+        ("density: 0.5}\n  dare", "density: .nan}\n  dare", "14: density is .nan: a finite number is needed"),
+        ("density: 0.5}\n  dare", "density: null}\n  dare", "14: density: a value is needed"),
+        ("density: 0.5}\n  dare", "lambda: [1, 8:24]}\n  dare", "14: lambda is 8:24: a finite number is needed"),
+        ("density: 0.5}\n  dare", "lambda: 1e999}\n  dare", "14: lambda is 1e999: a finite number is needed"),
+        ("{least: 2}", "{least: 1:30}", "9: least: 1:30 is given; allowed is 1 to 5"),
+        ("dtype: bfloat16", "seed: -1", "16: seed is -1: a whole number, 0 or more, is needed"),
+        ("dtype: bfloat16", "seed: true", "16: seed is true: a whole number, 0 or more, is needed"),
+        ("models:", "models: null\nother:", "3: unknown key 'other': *"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, old, new, line):
@@ -96,3 +105,37 @@ def test_a_mistake_is_one_line(tmp_path, old, new, line):
     found = str(error.value)
     assert "\n" not in found
     assert fnmatchcase(found, f"{path}:{line}".replace("[", "[[]")), found
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    """As in a recipe: YAML 1.1 takes 1e-5 for text."""
+    text = """\
+models: {a: x/a, b: x/b}
+base_model: x/base
+methods:
+  multislerp: {eps: [1e-5, 1.0e-6, '1e-7'], normalize_weights: 'no'}
+"""
+    merges = read_sweep(written(tmp_path, text)).merges
+    assert [merge.parameters for merge in merges] == [
+        {"eps": eps, "normalize_weights": False} for eps in (1e-5, 1e-6, 1e-7)
+    ]
+    for merge in merges:
+        assert yaml.safe_load(merge.recipe())["parameters"] == {"weight": 1.0, **merge.parameters}
+
+
+def test_a_seed(tmp_path):
+    sweep = read_sweep(written(tmp_path, PAPER + "seed: 7\n"))
+    assert sweep.seed == 7
+    for merge in sweep.merges:
+        assert parse_recipe(merge.recipe(), tmp_path / "recipe.yaml").seed == merge.seed == 7
+    sweep = read_sweep(written(tmp_path))
+    assert sweep.seed is None
+    assert all(merge.seed is None and "seed" not in yaml.safe_load(merge.recipe()) for merge in sweep.merges)
+
+
+def test_nothing_is_as_not_given(tmp_path):
+    keys = "".join(f"{name}:\n" for name in ("name", "seed"))
+    assert read_sweep(written(tmp_path, PAPER + keys)).merges == read_sweep(written(tmp_path)).merges
+    scale = "models: {a: x/a}\nsubsets: {least: 1}\nmethods: {passthrough: {scale: [null, 2]}}\n"
+    first, second = read_sweep(written(tmp_path, scale)).merges
+    assert (first.parameters, second.parameters) == ({"scale": None}, {"scale": 2.0})

@@ -225,6 +225,8 @@ def test_ids_with_gaps(folders, tmp_path) -> None:
 
 def test_read_request() -> None:
     assert read_request("base") == VocabularyRequest(source="base")
+    for request in ("model:est", {"source": "model:est"}):  # as mergekit documents it
+        assert read_request(request) == VocabularyRequest(source="est")
     assert read_request({}) == VocabularyRequest() == read_request({"tokens": None, "pad_to_multiple_of": None})
     entry = {"source": {"kind": "model_token", "model": "m", "token_id": 3}, "force": True}
     assert read_request({"source": "m", "tokens": {"a": entry}, "pad_to_multiple_of": 8}) == VocabularyRequest(
