@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import torch
 from checkpoint.files import disk_errors, sync_folder
 from checkpoint.manifest import block_hash
 from checkpoint.safetensors import CODES, read_header
-from checkpoint.source import Source, box_shape, row_major_tiles
+from checkpoint.source import Source, box_shape, flat_boxes
 from parallel.errors import InputError
 from parallel.faults import point
 
@@ -48,11 +49,12 @@ def digest(source: Source) -> str:
         if info.tied_to is None:
             found.update(f"{name} {tuple(info.shape)}\n".encode())
             stats = source.collect(name, map)
-            tiles = row_major_tiles(info.shape, PROBE)
-            for number in sorted({(len(tiles) - 1) * place // (PROBES - 1) for place in range(PROBES)}):
-                values = torch.empty(box_shape(tiles[number]), dtype=torch.float32)
-                source.read(name, tiles[number], {"weight": values}, stats)
-                found.update(values.numpy().tobytes())
+            size = math.prod(info.shape)
+            for start in sorted({max(0, size - PROBE) * place // (PROBES - 1) for place in range(PROBES)}):
+                for box in flat_boxes(info.shape, start, min(start + PROBE, size)):
+                    values = torch.empty(box_shape(box), dtype=torch.float32)
+                    source.read(name, box, {"weight": values}, stats)
+                    found.update(values.numpy().tobytes())
     return found.hexdigest()
 
 
