@@ -504,3 +504,28 @@ def test_a_recipe_s_own_seed_and_one_on_the_command_line(models):
     assert same_weights(models / "own", models / "given")
     assert not same_weights(models / "own", models / "other")
     assert json.loads((models / "own" / "growmerge.json").read_text())["recipe"]["seed"] == 5
+
+
+def test_statistics_are_inputs_and_parents(models):
+    write_texts(models)
+    for name in ("swe", "est"):
+        assert told("stats", "fisher", name, "swe.txt", f"{name}-f", "--tokens", "100").exit_code == 0
+    text = "".join(f"  - {{model: {name}, parameters: {{fisher: {name}-f}}}}\n" for name in ("swe", "est"))
+    found = told("merge", recipe(models, f"models:\n{text}merge_method: fisher\n"), "out")
+    assert found.exit_code == 0, found.stderr
+    record = json.loads((models / "out" / "growmerge.json").read_text())
+    assert [parent["name"] for parent in record["parents"]] == ["swe", "est", "swe-f", "est-f"]
+    shutil.rmtree(models / "swe-f")
+    assert told("stats", "fisher", "swe", "est.jsonl", "swe-f", "--tokens", "100").exit_code == 0
+    assert "holds another checkpoint" in told("merge", "recipe.yaml", "out").stderr
+
+
+def test_a_run_s_checkpoints_have_the_tokenizer_of_its_model(models):
+    run = models / "run"
+    for step in (1, 2):
+        assert told("convert", "swe", f"run/checkpoints/step-{step:08d}").exit_code == 0
+        (run / "checkpoints" / f"step-{step:08d}" / "tokenizer.json").unlink()
+    shutil.copytree(models / "swe", run / "model")
+    text = "models: [{model: run, checkpoints: 2}]\nmerge_method: linear\nparameters: {weight: 1}\n"
+    assert told("merge", recipe(models, text + "tokenizer_source: union\n"), "out").exit_code == 0
+    assert (models / "out" / "tokenizer.json").read_bytes() == (models / "swe" / "tokenizer.json").read_bytes()
