@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -176,7 +177,9 @@ def write_target(
             write_checkpoints([output], layout, workers=target.threads)
         except NotFiniteError:
             for path in folder.iterdir():  # there is no going on
-                if path.name != LEASE:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LEASE:
                     path.unlink()
             raise
     size = sum(entry["size"] for entry in manifest.read_manifest(folder)["files"].values())

@@ -25,7 +25,7 @@ def keep_freed() -> None:
     """Let this process use again what it frees.
 
     By default glibc gives a block of a megabyte back to the system as soon as it is freed, and takes it anew, page by
-    page, a moment later: a fifth of the time of a merge.
+    page, a moment later: 2.4 million page faults in a merge of five models of 572M parameters instead of 0.4 million.
     """
     if _OPTION is not None:
         _OPTION(_TRIM_THRESHOLD, 256 << 20)

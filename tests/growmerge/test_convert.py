@@ -194,6 +194,7 @@ def test_a_nan_is_refused_where_asked(model, tmp_path):
     for arguments in (
         ["inspect", str(model), "--finite"],
         ["convert", str(model), str(tmp_path / "to"), "--finite", "--format", "zero3", "--dp", "2"],
+        ["convert", str(model), str(tmp_path / "to"), "--finite", "--format", "universal"],
         ["grow", str(model), str(tmp_path / "to"), "--finite", "--width", "2"],
     ):
         found = told(*arguments)
