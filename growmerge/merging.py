@@ -13,7 +13,7 @@ from checkpoint.lora import apply_lora
 from checkpoint.open import open_checkpoint
 from checkpoint.source import Source
 from growmerge.convert import COMPANIONS, Target, record_of, write_target
-from growmerge.hub import NAME, PREFIX, place
+from growmerge.places import folder_of, parts_of
 from merge.apply import Applied, apply_recipe
 from merge.averaging import WHERE as CHECKPOINTS
 from merge.chat import chat_template
@@ -48,28 +48,16 @@ class Models:
         Raises:
             InputError: no such model, or one that cannot be read.
         """
-        model, _, adapter = name.partition("+") if not self.is_there(name) else (name, "", "")
-        folder = self.place(model)
-        self.folders[name] = [folder]
+        self.folders[name] = [folder_of(self.file, part) for part in parts_of(self.file, name)]
+        folder, *adapters = self.folders[name]
         source = open_checkpoint(folder)
-        if adapter:
-            self.folders[name].append(self.place(adapter))
-            source = apply_lora(source, self.folders[name][1])
+        for adapter in adapters:
+            source = apply_lora(source, adapter)
         return source
-
-    def place(self, name: str) -> Path:
-        """Return the folder of a model or adapter."""
-        for base in (self.file.parent, Path()):
-            if (base / name).is_dir():
-                return base / name
-        hub = name if name.startswith(PREFIX) else PREFIX + name
-        if NAME.fullmatch(hub):
-            return place(self.file.parent, hub)
-        raise InputError("no such folder, neither beside the recipe nor here")
 
     def place_also(self, name: str) -> Path:
         """Return the folder of what is no model: statistics, or a run whose checkpoints are."""
-        folder = self.place(name)
+        folder = folder_of(self.file, name)
         if manifest.is_complete(folder):
             self.statistics.append(folder)
         return folder
@@ -80,10 +68,6 @@ class Models:
             if (base / name).is_file():
                 return base / name
         raise InputError(f"{name}: no such file, neither beside the recipe nor here")
-
-    def is_there(self, name: str) -> bool:
-        """Whether a name is a folder, beside the recipe or here."""
-        return any((base / name).is_dir() for base in (self.file.parent, Path()))
 
     def tokenizer(self, name: str) -> Path:
         """Return where a model's tokenizer is: beside it, or for a run's checkpoints beside the run's model."""

@@ -11,6 +11,7 @@ from checkpoint.layout import Layout
 from checkpoint.writer import Output, write_checkpoints
 from growmerge.convert import Target, held, planned
 from growmerge.merging import Models, different_words, written_of
+from growmerge.places import is_folder, parts_of
 from merge.apply import Applied, apply_recipe
 from merge.reads import Reads
 from merge.recipe import Recipe, parse_recipe
@@ -116,11 +117,10 @@ def _from_there(models: Models, folder: Path) -> Callable[[str], str]:
     """Return how a model is found from a folder."""
 
     def place(name: str) -> str:
-        parts = [name] if models.is_there(name) else name.split("+")
-        places = zip(parts, models.folders[name], strict=True)
+        places = zip(parts_of(models.file, name), models.folders[name], strict=True)
         # What is on the Hub, or anywhere by its whole path, is found from everywhere.
         return "+".join(
-            part if Path(part).is_absolute() or not models.is_there(part) else os.path.relpath(place, folder)
+            part if Path(part).is_absolute() or not is_folder(models.file, part) else os.path.relpath(place, folder)
             for part, place in places
         )
 

@@ -56,14 +56,12 @@ def apply_recipe(
         InputError: models or settings that do not fit, each with its line in the recipe.
     """
     recipe = with_checkpoints(recipe, place)
-    lines = {one.model: one.line for part in recipe.slices for one in reversed(part.inputs)}
     models = {}
     for name in recipe.models:
-        line = lines.get(name, recipe.lines.get("base_model", 1))
         try:
             models[name] = open_model(name)
         except InputError as error:
-            raise InputError(f"{recipe.file}:{line}: {name}: {error}") from error
+            raise InputError(f"{recipe.file}:{recipe.line_of(name)}: {name}: {error}") from error
     opened, models = [*models.values()], dict(align(models)) if align else models
     sources = [*models.values()]
     first = recipe.models[0]
@@ -72,7 +70,7 @@ def apply_recipe(
             but = ("tie_word_embeddings", *(DOUBTFUL if allow_unrelated else ()))
             check_meaning(name, source, first, models[first], but=but)
         except InputError as error:
-            raise InputError(f"{recipe.file}:{lines.get(name, 1)}: {error}") from error
+            raise InputError(f"{recipe.file}:{recipe.line_of(name)}: {error}") from error
     reads = Reads(sources, [*models]) if reads is None else reads
     numbers = {name: reads.labels.index(name) for name in models}
     sources = [*reads.sources]

@@ -115,6 +115,12 @@ class Recipe:
         bases = [base for base in (self.base, *(part.base for part in self.slices)) if base]
         return tuple(dict.fromkeys([*bases, *named]))
 
+    def line_of(self, model: str) -> int:
+        """Return where a model is merged or, if it is not, where it is the base."""
+        merged = [one.line for part in self.slices for one in part.inputs if one.model == model]
+        bases = [part.line for part in self.slices if part.base == model]
+        return [*merged, *bases, self.lines.get("base_model", 1)][0]
+
     def at(self, key: str) -> str:
         return f"{self.file}:{self.lines.get(key, 1)}"
 

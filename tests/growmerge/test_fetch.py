@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from toy import PIPELINE, growmerge, write_toy
 
 from checkpoint.memory import ScratchSource
@@ -110,8 +114,6 @@ main()
 
 
 def offline(*arguments, cwd, environment):
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", NO_SOCKETS, *arguments],
         cwd=cwd,
@@ -173,6 +175,90 @@ def test_a_data_set_of_the_hub_is_prepared_without_a_network(hub, tmp_path):
     assert json.loads((tmp_path / "tokens" / "eng.json").read_text())["documents"] == 80
 
 
+RECIPE = """\
+models:
+  - {model: org/swe@main, parameters: {weight: 0.4}}
+  - {model: org/small+org/adapter, parameters: {weight: 0.6}}
+  - {model: local, parameters: {weight: 0.5}}
+merge_method: task_arithmetic
+base_model: {model: {path: org/small}}
+tokenizer_source: org/swe@main
+unheard_of: 1
+"""
+SWEEP = """\
+each: {language: [swe]}
+models:
+  swe: org/{language}
+  adapted: org/small+org/adapter
+base_model: hub:org/small
+methods: {linear: {}, task_arithmetic: {}}
+"""
+
+
+SEARCH = """\
+models: [{model: org/swe}, {model: org/none}]
+merge_method: search
+search: {method: linear, texts: {swe: swe.txt}}
+"""
+
+
+@pytest.fixture(scope="module")
+def merged(hub):
+    """The Hub with what recipes name: two models with tokenizers, an adapter of one, one whose weights are a pickle."""
+    from train.data.tokenizer import train_tokenizer
+
+    handler, environment = hub
+    org = handler.root / "org"
+    for number, name in enumerate(("small", "swe", "local")):
+        source = ScratchSource(config={**CONFIG, "vocab_size": 300}, seed=number)
+        shutil.rmtree(org / name, ignore_errors=True)
+        write_checkpoint(source, org / name, SafetensorsLayout(dtype=torch.float32), workers=1)
+        train_tokenizer([f"{name} hus {number}" for number in range(300)], vocab_size=300, folder=org / name)
+    (org / "adapter").mkdir()
+    (org / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    layer = "base_model.model.model.layers.1.self_attn.q_proj"
+    shapes = {f"{layer}.lora_A.weight": (2, 32), f"{layer}.lora_B.weight": (32, 2)}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, org / "adapter/adapter_model.safetensors")
+    (org / "pickled").mkdir()
+    shutil.copy(org / "swe" / "config.json", org / "pickled")
+    (org / "pickled" / "pytorch_model.bin").write_bytes(b"no one reads this")
+    return handler, environment
+
+
+@pytest.mark.parametrize(("verb", "text"), [("merge", RECIPE), ("sweep", SWEEP)])
+def test_what_merges_name_is_fetched(merged, tmp_path, tmp_path_factory, verb, text):
+    handler, environment = merged
+    environment = {**environment, "HF_HOME": str(tmp_path_factory.mktemp("cache"))}
+    shutil.copytree(handler.root / "org" / "local", tmp_path / "local")
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    lenient = ["--lenient"] if verb == "merge" else []
+    missing = offline(verb, "file.yaml", "out", *lenient, cwd=tmp_path, environment=environment)
+    assert missing.returncode == 2
+    assert missing.stderr.endswith(
+        "not in the cache of this machine: `growmerge fetch file.yaml` where there is a network\n"
+    )
+    fetched = growmerge("fetch", str(path), **environment, HF_HUB_OFFLINE="0")
+    assert fetched.returncode == 0, fetched.stderr
+    names = [line.split(": /")[0] for line in fetched.stdout.splitlines()]
+    if verb == "merge":
+        assert names == ["org/small", "org/swe@main", "org/adapter", "3 things are here"]
+    else:
+        assert names == ["org/swe", "org/small", "org/adapter", "hub:org/small", "4 things are here"]
+    assert not list(Path(environment["HF_HOME"]).rglob("*.py"))
+    found = offline(verb, "file.yaml", "out", *lenient, cwd=tmp_path, environment=environment)
+    assert found.returncode == 0, found.stderr
+    # From folders of the same names it is the same.
+    shutil.copytree(handler.root / "org", tmp_path / "org")
+    path.write_text(text.replace("@main", "").replace("hub:", ""))
+    found = offline(verb, "file.yaml", "same", *lenient, cwd=tmp_path, environment={"HF_HOME": str(tmp_path)})
+    assert found.returncode == 0, found.stderr
+    written = sorted((tmp_path / "out").rglob("*.safetensors"))
+    assert len(written) == (1 if verb == "merge" else 2)
+    for file in written:
+        assert file.read_bytes() == (tmp_path / "same" / file.relative_to(tmp_path / "out")).read_bytes()
+
+
 def test_what_is_not_there_is_one_line(hub, tmp_path):
     _, environment = hub
     path = tmp_path / "run.yaml"
@@ -182,6 +268,46 @@ def test_what_is_not_there_is_one_line(hub, tmp_path):
     assert found.stderr.startswith("growmerge: hub:org/none: 404") and found.stderr.count("\n") == 1
     path.write_text("model: hub:small\n")
     assert "is hub:ORGANISATION/NAME" in growmerge("fetch", str(path), **environment, HF_HUB_OFFLINE="0").stderr
+
+
+MISSING = [
+    (RECIPE.replace("org/swe@main", "swe"), "2: swe: no such folder, neither beside the recipe nor here"),
+    (RECIPE.replace("org/adapter", "org/none"), "3: org/none: no such folder, *; hub:org/none: 404 *"),
+    (RECIPE.replace("path: org/small", "path: ../small"), "6: ../small: no such folder, *; hub:../small: *"),
+    (RECIPE.replace("local", "org/pickled"), "4: org/pickled: *: its weights are not there as safetensors, *"),
+    (RECIPE.replace("task_arithmetic", "lineer"), "5: unknown merge_method 'lineer': *"),
+    (SEARCH, "1: org/none: no such folder, *; hub:org/none: 404 *"),
+    (SWEEP.replace("[swe]", "[swe, none]"), "3: org/none: no such folder, *; hub:org/none: 404 *"),
+    (SWEEP.replace("hub:org/small", "small"), "5: small: no such folder, neither beside the recipe nor here"),
+    (SWEEP.replace("linear", "lineer"), "6: unknown merge method 'lineer': *"),
+]
+FETCH_EACH = """
+import sys
+from click.testing import CliRunner
+from growmerge.cli import main
+for path in sys.argv[1:]:
+    found = CliRunner().invoke(main, ["fetch", path])
+    print(found.exit_code, found.stderr.strip())
+"""
+
+
+def test_what_merges_name_and_is_not_there_is_one_line(merged, tmp_path):
+    handler, environment = merged
+    shutil.copytree(handler.root / "org" / "local", tmp_path / "local")
+    paths = [tmp_path / f"{number}.yaml" for number in range(len(MISSING))]
+    for path, (text, _) in zip(paths, MISSING, strict=True):
+        path.write_text(text)
+    own = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    told = subprocess.run(
+        [sys.executable, "-c", FETCH_EACH, *map(str, paths)],
+        env={**os.environ, **environment, **own},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(told) == len(MISSING), told
+    for one, path, (_, line) in zip(told, paths, MISSING, strict=True):
+        assert fnmatch(one, f"2 growmerge: {path}:{line}"), one
 
 
 def line_of(path, text):

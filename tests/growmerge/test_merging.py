@@ -192,7 +192,10 @@ def _shards(models):
     ("text", "line"),
     [
         (LINEAR.replace("est", "nor"), "recipe.yaml:1: nor: no such folder, neither beside the recipe nor here"),
-        (LINEAR.replace("est", "org/est"), "recipe.yaml:1: org/est: hub:org/est: not in the cache of this machine: *"),
+        (
+            LINEAR.replace("est", "org/est"),
+            "recipe.yaml:1: org/est: *; hub:org/est: not in the cache *: `growmerge fetch recipe.yaml` *",
+        ),
         (LINEAR.replace("linear", "lineer"), "recipe.yaml:2: unknown merge_method 'lineer': * did you mean 'linear'?"),
         (LINEAR.replace("est", "swe+est"), "recipe.yaml:1: swe+est: *adapter_config.json*"),
         (LINEAR + "tokenizer_source: unino\n", "recipe.yaml:4: unknown source of the tokenizer 'unino': *'union'?"),
