@@ -12,6 +12,7 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint import lora
+from checkpoint.adapter_files import READ, REFUSED, WITHOUT_EFFECT
 from checkpoint.lora import apply_lora
 from checkpoint.memory import MemorySource
 from checkpoint.open import open_checkpoint
@@ -324,7 +325,7 @@ ERRORS = [
     (lambda folder: (folder / "adapter_config.json").write_text("[]"), ["adapter_config.json: no peft_type"]),
     (settings(peft_type=None), ["adapter_config.json: no peft_type, so it is not the config of a PEFT adapter"]),
     (settings(peft_type="ADALORA"), ["adapter_config.json: peft_type 'ADALORA': allowed is 'LORA'"]),
-    *((settings(**{key: [1]}), [f"adapter_config.json: {key} is set: ", "without it"]) for key in lora.REFUSED),
+    *((settings(**{key: [1]}), [f"adapter_config.json: {key} is set: ", "without it"]) for key in REFUSED),
     (settings(use_dorra=True), ["unknown setting 'use_dorra'", "did you mean 'use_dora'?"]),
     *(
         (settings(init_lora_weights=init), [f"init_lora_weights '{init}'", "path_initial_model_for_weight_conversion"])
@@ -419,4 +420,4 @@ def test_lines_of_biases_and_saved_modules(tmp_path):
 
 def test_every_setting_of_peft_is_known():
     config = LoraConfig().to_dict()
-    assert {*config} <= {*lora.READ, *lora.WITHOUT_EFFECT, *lora.REFUSED}
+    assert {*config} <= {*READ, *WITHOUT_EFFECT, *REFUSED}
