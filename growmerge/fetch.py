@@ -67,7 +67,7 @@ def _merged(path: Path, root: Item) -> dict[str, int]:
     keys, found = root.value, {}
     assert isinstance(keys, dict), "a document is a mapping"
     if "merge_method" in keys:
-        from merge.recipe import read_recipe
+        from merge.recipe_files import read_recipe
 
         recipe = read_recipe(path, lenient=True)
         found = {name: recipe.line_of(name) for name in recipe.models}

@@ -17,7 +17,8 @@ from growmerge.places import folder_of, parts_of
 from merge.apply import Applied, apply_recipe
 from merge.averaging import WHERE as CHECKPOINTS
 from merge.chat import chat_template
-from merge.recipe import Recipe, read_recipe
+from merge.recipe import Recipe
+from merge.recipe_files import read_recipe
 from merge.table import METHODS
 from merge.token_requests import read_request
 from merge.tokenizer_files import read_tokenizer

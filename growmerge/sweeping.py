@@ -14,7 +14,8 @@ from growmerge.merging import Models, different_words, written_of
 from growmerge.places import is_folder, parts_of
 from merge.apply import Applied, apply_recipe
 from merge.reads import Reads
-from merge.recipe import Recipe, parse_recipe
+from merge.recipe import Recipe
+from merge.recipe_files import parse_recipe
 from merge.sweep import Merge, Sweep, read_sweep
 from merge.table import METHODS
 from parallel.errors import InputError

@@ -16,7 +16,7 @@ from checkpoint.source import read_tensor
 from checkpoint.writer import write_checkpoint
 from merge.apply import Applied, apply_recipe
 from merge.merge import merge
-from merge.recipe import read_recipe
+from merge.recipe_files import read_recipe
 from parallel.errors import InputError
 from train.batch import plain_batch
 from train.engine import Engine, EngineConfig

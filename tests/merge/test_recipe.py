@@ -11,7 +11,7 @@ from checkpoint.memory import MemorySource
 from checkpoint.source import read_tensor
 from merge.apply import Applied, apply_recipe
 from merge.merge import merge
-from merge.recipe import read_recipe
+from merge.recipe_files import read_recipe
 from parallel.errors import InputError
 
 HEAD = "lm_head.weight"

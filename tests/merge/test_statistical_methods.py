@@ -25,7 +25,7 @@ from checkpoint.writer import write_checkpoint
 from merge.apply import Applied, apply_recipe
 from merge.gram import open_gram, shared_inputs, write_gram
 from merge.merge import MergedSource, merge
-from merge.recipe import read_recipe
+from merge.recipe_files import read_recipe
 from merge.statistics import fisher, gram
 from merge.statistics_files import digest
 from parallel.errors import InputError

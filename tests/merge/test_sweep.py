@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 import pytest
 import yaml
 
-from merge.recipe import parse_recipe
+from merge.recipe_files import parse_recipe
 from merge.sweep import read_sweep
 from parallel.errors import InputError
 
