@@ -1,26 +1,21 @@
 """`growmerge data prepare`: corpora to token files, with a bar or lines while it works and a table at the end."""
 
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from checkpoint.files import disk_errors
 from growmerge.config import Marks, load_file
 from growmerge.events import EventLog
 from growmerge.schema_data import DataConfig
+from growmerge.show import Bar
 from parallel.errors import InputError
 from train.data.prepare import Settings, corpus_key, finished, prepare, tokenizer_hashes
 from train.data.shards import stamp_source
 
-EVERY = 15.0
-"""Seconds between plain lines."""
 PASSES = {"scan": "reading", "done": "tokenising"}
 
 
@@ -107,61 +102,23 @@ def _dropped(found: Mapping[str, Any]) -> str:
     return ", ".join(text for _, text in sorted(reasons, key=lambda item: -item[0]))
 
 
-class _Show:
-    """Shows how far it is: a bar on a terminal, plain lines in a log; JSON lines always."""
+class _Show(Bar):
+    """Shows the events of `train.data.prepare`; JSON lines always."""
 
     def __init__(self, log: Path) -> None:
+        super().__init__()
         self._log = EventLog(log)
-        self._console = Console(stderr=True)
-        self._what = ""
-        self._start = self._done = self._total = 0
-        self._began = self._told = time.monotonic()
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._bar.add_task("starting", total=None)
-
-    def __enter__(self) -> "_Show":
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._done = 0
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Take an event of `train.data.prepare` in."""
+        """Take an event in."""
         with disk_errors(Path("log.jsonl")):
             self._log.write(event)
-        now = time.monotonic()
         if event["event"] == "pass":
-            self._what = f"{event['corpus']}: {PASSES[event['pass']]}"
-            self._start = self._done = event["done"]
-            self._total, self._began, self._told = event["total"], now, now
-            if self._bar:
-                self._bar.reset(self._task, description=self._what, total=self._total, completed=self._done)
+            self._done = event["done"]
+            self.begin(f"{event['corpus']}: {PASSES[event['pass']]}", event["total"], self._done)
         elif event["event"] == "shard":
             self._done += event["size"]
-            if self._bar:
-                self._bar.update(self._task, completed=self._done)
-            elif now - self._told > EVERY:
-                self._told = now
-                left = (now - self._began) * (self._total - self._done) / max(1, self._done - self._start)
-                self._say(f"{self._what}: {100 * self._done / self._total:.0f} %, about {left / 60:.0f} minutes left")
+            self.update(self._done)
         elif event["event"] == "done":
-            self._say(f"{event['corpus']}: done")
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.say(f"{event['corpus']}: done")

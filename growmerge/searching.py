@@ -2,17 +2,13 @@
 
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from checkpoint import manifest
 from checkpoint.files import disk_errors
@@ -20,6 +16,7 @@ from eval.bits_per_byte import document_requests
 from growmerge.convert import Target, fingerprint, planned, record_of
 from growmerge.events import EventLog, read_events
 from growmerge.merging import Models, merge_file, written_of
+from growmerge.show import Bar
 from growmerge.tokenizer_report import read_text
 from merge.apply import Applied
 from merge.merge import MergedSource
@@ -32,8 +29,6 @@ from parallel.errors import InputError
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 
 RESULT = "search.json"
-EVERY_S = 15.0
-"""Seconds between plain lines."""
 
 
 def find_and_merge(target: Target, applied: Applied, models: Models) -> str:
@@ -264,33 +259,13 @@ def _told(one: Try) -> dict[str, Any]:
     return {"mean": one.mean, "bits_per_byte": dict(one.bits_per_byte), "factors": factors}
 
 
-@dataclass
-class _Progress:
-    """How far a search is: a bar on a terminal, plain lines in a log."""
+class _Progress(Bar):
+    """Shows the tries of a search, and the best so far."""
 
-    total: int
-
-    def __enter__(self) -> "_Progress":
+    def __init__(self, total: int) -> None:
+        super().__init__("search", total)
         self._best = float("inf")
-        self._told = time.monotonic()
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[best]}"), TimeElapsedColumn())
-            self._bar = Progress(TextColumn("[bold]search"), *columns, TimeRemainingColumn(), transient=True)
-            self._task = self._bar.add_task("search", total=self.total, best="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def tell(self, number: int, one: Try) -> None:
         self._best = min(self._best, one.mean)
-        best = f"{self._best:.4f} bits per byte"
-        if self._bar:
-            self._bar.update(self._task, completed=number, best=best)
-        elif time.monotonic() > self._told + EVERY_S:
-            self._told = time.monotonic()
-            self._console.print(f"search: {number} of {self.total} merges, best {best}", highlight=False)
+        self.update(number, f"{number} of {self._total} merges, best {self._best:.4f} bits per byte")
