@@ -6,12 +6,17 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 from growmerge.config import VARIABLE, Marks, merged_training, problem_in
 from growmerge.grids import Draft, Verb, fill, grid
 from growmerge.hub import place
+from growmerge.rules import merge_method
+from growmerge.rules_pipeline import parts
 from growmerge.schema import Check, GrowStage, MergeStage, Pipeline, Study, TrainStage
+from merge.search_settings import SEARCH
+from merge.table import METHODS, statistic_of
 from parallel.errors import InputError, one_of
 
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -67,6 +72,9 @@ def expand(pipeline: Pipeline, marks: Marks, path: Path) -> dict[str, Node]:
             _check_train(draft, draft.stage.train, pipeline)
         if draft.stage.grow:
             _check_grow(draft, draft.stage.grow, drafts, folder)
+        if draft.stage.merge:
+            _check_merge(draft, draft.stage.merge, pipeline, folder)
+    _check_used(drafts.values(), marks)
     _check_text(pipeline, marks, folder)
     tokenizer = pipeline.tokenizer.path
     with marks.within("tokenizer.path"):
@@ -145,7 +153,7 @@ def _inputs(draft: Draft, drafts: Mapping[str, Draft], pipeline: Pipeline, folde
     for key, value in draft.references():
         if value in drafts:
             found[value] = None
-        elif "/" in value or value.startswith("."):
+        elif is_path(value):
             with draft.marks.within(key):
                 found_there = _is_folder(place(folder, value))
             if not found_there:
@@ -157,6 +165,23 @@ def _inputs(draft: Draft, drafts: Mapping[str, Draft], pipeline: Pipeline, folde
             names = [*drafts, "scratch"] if draft.verb == "train" else drafts
             raise draft.marks.error(key, f"{one_of('stage', value, names)} (a checkpoint's path needs a /)")
     return tuple(found)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name in a pipeline file is a path, and no stage or corpus."""
+    return "/" in name or name.startswith(".")
+
+
+def texts_of(stage: MergeStage) -> dict[str, str]:
+    """Return the texts that a merge goes by, by their keys in the stage, such as `statistics.text.0`."""
+    found = {}
+    if stage.statistics and statistic_of(merge_method(stage)):
+        text = stage.statistics.text
+        several = {f"statistics.text.{i}": one for i, one in enumerate(text)}
+        found = {"statistics.text": text} if isinstance(text, str) else several
+    if stage.search and stage.method == SEARCH:
+        found |= {f"search.texts.{language}": text for language, text in stage.search.texts.items()}
+    return found
 
 
 def _check_text(pipeline: Pipeline, marks: Marks, folder: Path) -> None:
@@ -206,6 +231,34 @@ def _check_grow(draft: Draft, stage: GrowStage, drafts: Mapping[str, Draft], fol
             f"{stage.optimizer}, but {stage.from_!r} has no optimizer state: a train stage has, a grow stage that "
             "keeps it, and a DeepSpeed checkpoint",
         )
+
+
+def _check_merge(draft: Draft, stage: MergeStage, pipeline: Pipeline, folder: Path) -> None:
+    """Check that the texts that a merge goes by are there, and what searches."""
+    for key, text in texts_of(stage).items():
+        if is_path(text):
+            if not (folder / text).is_file():
+                raise draft.marks.error(draft.key(key), f"no file {text!r} in {folder}")
+        elif text not in parts(pipeline):
+            line = one_of("corpus or split", text, parts(pipeline))
+            raise draft.marks.error(draft.key(key), f"{line} (a file's path needs a /)")
+    if stage.method == SEARCH and find_spec("cma") is None:
+        raise draft.marks.error(draft.key("method"), "cma is not installed: pip install 'growmerge[search]'")
+
+
+def _check_used(drafts: Iterable[Draft], marks: Marks) -> None:
+    """Check that a merge's `statistics` and `search` mean something to a method of its grid."""
+    able = {"statistics": [name for name in METHODS if statistic_of(name)], "search": [SEARCH]}
+    given: dict[tuple[str, str], dict[str, None]] = {}
+    for draft in drafts:
+        merge = draft.stage.merge
+        for key in able if merge else ():
+            if merge and getattr(merge, key) is not None:
+                given.setdefault((draft.template, key), {}).update({merge.method: None, merge_method(merge): None})
+    for (template, key), methods in given.items():
+        if not methods.keys() & {*able[key]}:
+            line = f"means nothing to method {', '.join(methods)}: it is for {' and '.join(able[key])}"
+            raise marks.error(f"stages.{template}.merge.{key}", line)
 
 
 def _order(drafts: Mapping[str, Draft], inputs: Mapping[str, Sequence[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from parallel.document import Item
 from parallel.errors import InputError, one_of
 
 Verb = Literal["train", "grow", "merge"]
-RESERVED = ("text", "tokens", "pairs", "evaluate", "baselines", "report", "scratch")
+RESERVED = ("text", "tokens", "pairs", "statistics", "evaluate", "baselines", "report", "scratch")
 """Names that stages cannot have: what runs around them is called so."""
 LARGEST = 10_000
 """Stages that one grid may come to."""

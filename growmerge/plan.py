@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
@@ -16,6 +16,7 @@ from growmerge.graph import Node
 from growmerge.schema import MergeStage, Pipeline, Resources, TrainStage
 from growmerge.schema_mixture import MixtureConfig
 from growmerge.shapes import model_configs, multiplied, parameters
+from growmerge.tasks import statistics_of
 
 STEP_SECONDS = 0.079
 """Modelled: seconds a step whatever the model (Python, DeepSpeed, gloo), measured with 2 ranks on 2 CPU cores."""
@@ -40,6 +41,8 @@ class PlannedStage:
     data: str | None
     """The mixture that it trains on."""
     parameters: int
+    statistics: Mapping[str, str] = field(default_factory=dict)
+    """What a merge goes by, and of what it is made first."""
     steps: int = 0
     tokens: int = 0
     flops: int = 0
@@ -65,7 +68,13 @@ def plan(pipeline: Pipeline, nodes: Mapping[str, Node], *, base: Path) -> list[P
         if not isinstance(stage, TrainStage):
             read = (*stage.from_, stage.base) if isinstance(stage, MergeStage) else (stage.from_,)
             inputs = tuple(dict.fromkeys(name for name in read if name))
-            found.append(PlannedStage(name=node.name, verb=node.verb, inputs=inputs, data=None, parameters=count))
+            counted = statistics_of(stage, pipeline.seed) if isinstance(stage, MergeStage) else []
+            reads = {name: f"{about['from_']} on {about['text']}" for name, about in counted}
+            found.append(
+                PlannedStage(
+                    name=node.name, verb=node.verb, inputs=inputs, data=None, parameters=count, statistics=reads
+                )
+            )
             continue
         training = merged_training(pipeline, stage)
         assert training.steps is not None, "expand lets no stage through without steps"
@@ -102,7 +111,7 @@ def total_seconds(stages: Sequence[PlannedStage], resources: Resources) -> float
 def print_plan(stages: Sequence[PlannedStage], pipeline: Pipeline) -> None:
     """Print the stages in order as a table, with what runs around them, and the totals."""
     # Nothing is cut: a long name makes the table wider, a pipe or a narrow terminal does not make it narrower.
-    longest = max((len(stage.name) for stage in stages), default=0)
+    longest = max((len(name) for stage in stages for name in (stage.name, *stage.statistics)), default=0)
     terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     width = max(terminal, WIDTH, longest + BESIDES)
     console = Console(width=width, markup=False, highlight=False, emoji=False)
@@ -135,7 +144,12 @@ def _table(stages: Sequence[PlannedStage], pipeline: Pipeline) -> Table:
         table.add_column(name, total, justify="right", no_wrap=True)
     for name, reads in before(pipeline):
         table.add_row(name, "data", reads)
+    counted: set[str] = set()
     for stage in stages:
+        for name, reads in stage.statistics.items():
+            if name not in counted:
+                table.add_row(name, "measure", reads)
+        counted |= {*stage.statistics}
         reads = ", ".join(stage.inputs) + (f" on {stage.data}" if stage.data else "")
         costs = ("", "", "", "")
         if stage.steps:

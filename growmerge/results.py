@@ -20,6 +20,7 @@ from growmerge.shapes import multiplied, parameters
 from growmerge.stages import write_card
 from growmerge.tasks import Task
 from growmerge.texts import described, tokenizer_of
+from merge.search_settings import RESULT
 from train.data.corpus import read_corpus
 from train.tracker import read_metrics
 
@@ -89,6 +90,7 @@ def gather(context: Context) -> dict[str, Any]:
         "baselines": baselines,
         "curves": {name: _curve(lines) for name, lines in metrics.items()},
         "losses": {name: _losses(lines) for name, lines in metrics.items()},
+        "searches": {name: found for name, (found, _) in _searches(context).items()},
         "growth": [_growth(context, name) for name, node in context.nodes.items() if node.verb == "grow"],
         "checks": checks(context, scores, baselines),
         "samples": [sample for found in scored.values() for sample in found["samples"]],
@@ -244,6 +246,13 @@ def _losses(lines: list[dict[str, Any]]) -> list[list[float]]:
     return [[line["step"], line["loss"]] for line in lines if "loss" in line]
 
 
+def _searches(context: Context) -> dict[str, tuple[dict[str, Any], float]]:
+    """Return what each merge that searched has come to, and the seconds that it took, by stage."""
+    paths = {name: context.folder(name) / "model" / RESULT for name in context.nodes}
+    found = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    return {name: (one, one.pop("seconds")) for name, one in found.items()}
+
+
 def _growth(context: Context, name: str) -> dict[str, Any]:
     return dict(read_json(context.folder(name) / "growth.json"))
 
@@ -261,4 +270,5 @@ def _timings(context: Context) -> dict[str, Any]:
         "peak_memory_gb": round(max((event.get("memory_gb", 0.0) for event in mine), default=0.0), 2),
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(context.resources.began)),
         "stages": seconds,
+        "searches": {name: took for name, (_, took) in _searches(context).items()},
     }

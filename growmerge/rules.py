@@ -20,13 +20,15 @@ from growmerge.schema import (
     Resources,
     Rewarming,
     Stage,
+    StatisticsConfig,
     Study,
     TextSource,
     TokenizerConfig,
     Training,
 )
+from merge.search_settings import SEARCH, Search, search_of
 from merge.settings import check_count, settings_of
-from merge.table import METHODS
+from merge.table import METHODS, STATISTICS, statistic_of
 from parallel.errors import InputError, one_of
 from parallel.mesh import mesh_of
 from upscale.factors import FAINTEST
@@ -108,6 +110,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         **dict.fromkeys(("width", "hidden", "heads", "kv_heads", "ffn"), FACTOR),
         "noise_db": Range(at_least=0, at_most=FAINTEST),
     },
+    StatisticsConfig: {"tokens": FROM_1, "sequence_length": Range(at_least=2)},
     Evaluation: {
         "stride": FROM_1,
         "window": FROM_1,
@@ -220,26 +223,50 @@ def stage(stage: Stage) -> Iterator[Problem]:
 def merge(merge: MergeStage) -> Iterator[Problem]:
     if not merge.from_:
         yield "from_", "no models to merge: the list is empty"
-    if METHODS[merge.method].base == "needed" and merge.base is None:
-        yield "", f"method {merge.method} needs `base`, the stage or checkpoint that the models all started from"
+    if merge.method == SEARCH and merge.search is None:
+        yield "", "method search needs `search`: the method whose weights are searched for, and development texts"
+    method = merge_method(merge)
+    statistic = statistic_of(method)
+    if METHODS[method].base == "needed" and merge.base is None:
+        yield "", f"method {method} needs `base`, the stage or checkpoint that the models all started from"
+    if statistic and merge.statistics is None:
+        yield "", f"method {method} needs `statistics`: the text that each model is run on, such as {{text: swe}}"
     if merge.weights and len(merge.weights) != len(merge.from_):
         yield "weights", f"{len(merge.weights)} weights for {len(merge.from_)} models: give one a model"
+    text = merge.statistics.text if statistic and merge.statistics else ""
+    if not isinstance(text, str) and len(text) != len(merge.from_):
+        yield "statistics.text", f"{len(text)} texts for {len(merge.from_)} models: give one for all, or one a model"
+    elsewhere = {"weight", *STATISTICS}
     for name in merge.parameters:
-        if name == "weight" or not any(name in method.parameters for method in METHODS.values()):
-            yield f"parameters.{name}", one_of("parameter", name, METHODS[merge.method].parameters.keys() - {"weight"})
+        if name in elsewhere or not any(name in method.parameters for method in METHODS.values()):
+            yield f"parameters.{name}", one_of("parameter", name, METHODS[method].parameters.keys() - elsewhere)
     try:
-        check_count(merge.method, len(merge.from_))
-        settings_of(merge.method, merge_parameters(merge), merge.from_)
+        check_count(method, len(merge.from_))
+        folders = {statistic: merge.from_} if statistic else {}
+        settings_of(method, {**merge_parameters(merge), **folders}, merge.from_)
     except InputError as error:
         first = str(error).split()[0]  # the line begins with the parameter's name
         yield {"weights": "weights"}.get(first, f"parameters.{first}" if first in merge.parameters else ""), str(error)
 
 
+def merge_method(merge: MergeStage) -> str:
+    """Return the method that makes a merge's model: what a search is for, if it is one."""
+    return merge.search.method if merge.method == SEARCH and merge.search else merge.method
+
+
 def merge_parameters(merge: MergeStage) -> dict[str, Any]:
     """Return the values of a merge's method's parameters that are given, or are not as the method has them."""
-    takes = METHODS[merge.method].parameters
+    takes = METHODS[merge_method(merge)].parameters
     given: dict[str, Any] = {"density": 0.5, "weight": list(merge.weights or [1.0] * len(merge.from_))}
     return {name: value for name, value in {**given, **merge.parameters}.items() if name in takes}
+
+
+def search(search: Search) -> Iterator[Problem]:
+    try:
+        search_of(vars(search))
+    except InputError as error:
+        first = str(error).split()[0].rstrip(":")
+        yield first if hasattr(search, first) else "method", str(error)
 
 
 def resources(resources: Resources) -> Iterator[Problem]:
@@ -269,6 +296,7 @@ RULES: Mapping[type, Callable[[Any], Iterator[Problem]]] = {
     Resources: resources,
     Stage: stage,
     MergeStage: merge,
+    Search: search,
     Study: study,
     Check: check,
 }

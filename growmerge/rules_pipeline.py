@@ -33,7 +33,7 @@ def _mixtures(pipeline: Pipeline) -> Iterator[Problem]:
     """What mixtures name is there: corpora, splits of them, other mixtures."""
     for name, mixture in pipeline.mixtures.items():
         if isinstance(mixture, MixtureConfig):
-            yield from rules_mixture.unknown({name: mixture}, _parts(pipeline))
+            yield from rules_mixture.unknown({name: mixture}, parts(pipeline))
         else:
             yield from _weights(pipeline, name, mixture)
     yield from rules_mixture.named(pipeline.mixtures)
@@ -46,7 +46,7 @@ def _mixtures(pipeline: Pipeline) -> Iterator[Problem]:
                     yield f"mixtures.{name}.corpora.{number}", one_of(f"corpus of {mixture.part_of}", corpus, there)
 
 
-def _parts(pipeline: Pipeline) -> list[str]:
+def parts(pipeline: Pipeline) -> list[str]:
     """Return all that a mixture may name as a corpus: `eng`, `eng.first`."""
     return [
         name

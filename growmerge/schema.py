@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from growmerge.schema_mixture import AnyMixture
+from merge.search_settings import Search
 
 DecayShape = Literal["linear", "sqrt", "cosine"]
 Dynamics = Literal["preserve", "mup", "free"]
@@ -35,8 +36,12 @@ MergeMethod = Literal[
     "arcee_fusion",
     "passthrough",
     "tsv",
+    "fisher",
+    "regmean",
+    "search",
 ]
-"""As in merge/table.py, but for those that go by statistics of the models."""
+"""As in merge/table.py, and `search` for the weights of one of them."""
+Labels = Literal["text", "sampled"]
 Precision = Literal["float32", "bfloat16"]
 Kernels = Literal["auto", "torch"]
 Documents = Literal["packed", "masked"]
@@ -264,6 +269,21 @@ class GrowStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatisticsConfig:
+    """What is counted of each model on text: its diagonal Fisher, or the Gram matrices of its layers' inputs."""
+
+    text: str | tuple[str, ...]
+    """Training text of a corpus (`swe`) or a split (`eng.first`), or a file's path (with a /): one for all models, or
+    one a model."""
+    tokens: int = 100_000
+    """Tokens that are scored at most, from the text's start."""
+    sequence_length: int | None = None
+    """Tokens of a window, which moves by half; 1024 or the model's positions by default."""
+    labels: Labels = "text"
+    """fisher: of the text itself (empirical Fisher), or drawn from the model (true Fisher)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeStage:
     """Merge models into one."""
 
@@ -277,6 +297,11 @@ class MergeStage:
     parameters: Mapping[str, bool | float | tuple[float, ...]] = field(default_factory=dict)
     """The method's other parameters, by mergekit's names; a list for those that every model has of its own. `density`
     is 0.5 by default. What another method takes is ignored, so that a grid of methods can share them."""
+    statistics: StatisticsConfig | None = None
+    """fisher, regmean: the statistics of the models, which are made first; merges share those that are the same."""
+    search: Search | None = None
+    """search: of which method, and on which development texts: each named as the text of statistics is. Its `seed` is
+    added to the pipeline's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,13 +22,12 @@ from merge.apply import Applied
 from merge.merge import MergedSource
 from merge.recipe import Parameters, Recipe, plain
 from merge.search import Found, Text, Try, groups_of, search_weights, with_factors
-from merge.search_settings import Search
+from merge.search_settings import RESULT, Search
 from merge.table import METHODS, Parameter
 from parallel.document import Item
 from parallel.errors import InputError
+from train.data.readers import Document
 from train.data.tokenizer import TextTokenizer, load_tokenizer
-
-RESULT = "search.json"
 
 
 def find_and_merge(target: Target, applied: Applied, models: Models) -> str:
@@ -72,32 +71,44 @@ def find_weights(applied: Applied, models: Models, log: Path | None = None) -> t
         raise InputError(f"{at}: a search is for whole models: list them under `models`")
     try:
         texts = _texts(search, models)
-        tries = _Tries(log, _key(applied, texts))
         with _Progress(search.evaluations) as progress:
-
-            def report(number: int, one: Try) -> None:
-                tries.keep(number, one)
-                progress.tell(number, one)
-
-            found = search_weights(applied.merged, search, texts, report, tries.known)
+            merged, found = searched(applied.merged, search, texts, progress.tell, log)
     except InputError as error:
         raise InputError(f"{at}: {error}") from error
-    except ModuleNotFoundError:
-        raise InputError(f"{at}: cma is not installed: pip install 'growmerge[search]'") from None
-    merged = with_factors(applied.merged, groups_of(applied.merged, search), found.best.factors)
     text = plain_recipe(recipe, merged)
     merged = replace(merged, recipe={**applied.merged.recipe, "found": text})
     done = replace(applied, merged=merged, recipe=replace(recipe, text=text))
-    files = {RESULT: (json.dumps(_result(search, found), indent=1, ensure_ascii=False) + "\n").encode()}
-    seconds = sum(one.seconds for one in found.tries)
-    return (
-        done,
-        files,
-        (
-            f"searched: {found.start.mean:.4f} -> {found.best.mean:.4f} bits per byte on the development texts, "
-            f"{len(found.tries)} merges in {seconds:.0f} s"
-        ),
-    )
+    files = {RESULT: (json.dumps(result(search, found), indent=1, ensure_ascii=False) + "\n").encode()}
+    return done, files, said(found)
+
+
+def searched(
+    merged: MergedSource,
+    search: Search,
+    texts: Mapping[str, Text],
+    tell: Callable[[int, Try], None],
+    log: Path | None = None,
+) -> tuple[MergedSource, Found]:
+    """Return a merge with the weights that a search has found, and what it has come to.
+
+    Args:
+        tell: called with the number and outcome of each try.
+        log: as of `find_weights`.
+
+    Raises:
+        InputError: a model that cannot be read, or diverges; CMA-ES is not installed.
+    """
+    tries = _Tries(log, _key(merged, search, texts))
+
+    def report(number: int, one: Try) -> None:
+        tries.keep(number, one)
+        tell(number, one)
+
+    try:
+        found = search_weights(merged, search, texts, report, tries.known)
+    except ModuleNotFoundError:
+        raise InputError("cma is not installed: pip install 'growmerge[search]'") from None
+    return with_factors(merged, groups_of(merged, search), found.best.factors), found
 
 
 class _Tries:
@@ -123,12 +134,11 @@ class _Tries:
             self._log.write({"search": self._key, "try": number, **asdict(one)})
 
 
-def _key(applied: Applied, texts: Mapping[str, Text]) -> str:
+def _key(merged: MergedSource, search: Search, texts: Mapping[str, Text]) -> str:
     """Return what decides all of a search's tries, as a hash."""
-    recipe, merged = applied.recipe, applied.merged
     models = [merged.reads.identity(number) for number in range(len(merged.reads.sources))]
     weights = {name: order.each["weight"] for name, order in merged.orders.items()}
-    parts = (recipe.search, recipe.text, merged.seed, models, weights, texts)
+    parts = (search, merged.recipe, models, weights, texts)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -141,14 +151,15 @@ def _texts(search: Search, models: Models) -> dict[str, Text]:
             for name, data in models.vocabulary.files.items():
                 (Path(folder) / name).write_bytes(data)
             tokenizer = load_tokenizer(Path(folder))
-    return {language: _text(models.place_file(name), tokenizer, search) for language, name in search.texts.items()}
+    files = {language: models.place_file(name) for language, name in search.texts.items()}
+    return {language: development_text(read_text(path), tokenizer, search) for language, path in files.items()}
 
 
-def _text(path: Path, tokenizer: TextTokenizer, search: Search) -> Text:
-    """Return so many tokens of a file's documents, the last one cut behind a character."""
+def development_text(documents: Sequence[Document], tokenizer: TextTokenizer, search: Search) -> Text:
+    """Return so many tokens of documents, the last one cut behind a character."""
     requests, left, size = [], search.tokens, 0
     length = search.sequence_length
-    for document in read_text(path):
+    for document in documents:
         text = _first_tokens(document.text, tokenizer, left)
         if not text:
             break
@@ -243,7 +254,16 @@ def _part(name: str, depth: int) -> str:
     return ".".join(name.split(".")[:depth]) + "."
 
 
-def _result(search: Search, found: Found) -> dict[str, Any]:
+def said(found: Found) -> str:
+    """Return a search's outcome in a line."""
+    return (
+        f"searched: {found.start.mean:.4f} -> {found.best.mean:.4f} bits per byte on the development texts, "
+        f"{len(found.tries)} merges in {sum(one.seconds for one in found.tries):.0f} s"
+    )
+
+
+def result(search: Search, found: Found) -> dict[str, Any]:
+    """Return what is kept of a search, as plain data."""
     return {
         "search": asdict(search),
         "start": _told(found.start),

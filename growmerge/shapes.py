@@ -9,7 +9,10 @@ from typing import Any
 from growmerge.config import merged_training
 from growmerge.graph import Node
 from growmerge.hub import place
-from growmerge.schema import GrowStage, ModelConfig, Pipeline, TrainStage
+from growmerge.rules import merge_method
+from growmerge.schema import GrowStage, MergeStage, ModelConfig, Pipeline, TrainStage
+from merge.search_settings import SEARCH
+from merge.table import statistic_of
 from parallel.errors import InputError
 from parallel.families import family_of
 from upscale.factors import Recipe, axis_growths, grown_config
@@ -67,6 +70,7 @@ def _config(pipeline: Pipeline, node: Node, configs: Mapping[str, Config], base:
         config = grown_config(recipe, small)
     else:
         config = _merged({name: of(name) for name in (*stage.from_, stage.base) if name})
+        _check_windows(stage, config)
     if (count := parameters(config)) > MOST_PARAMETERS:
         raise InputError(f"the model comes to {count} parameters; allowed are {MOST_PARAMETERS}")
     return config
@@ -168,6 +172,15 @@ def _check_training(pipeline: Pipeline, stage: TrainStage, config: Config, entri
         raise InputError(f"evaluation.window {window} is more than the model's max_position_embeddings, {longest}")
     if entries > config["vocab_size"]:
         raise InputError(f"the tokenizer has {entries} entries, the model {stage.from_!r} only {config['vocab_size']}")
+
+
+def _check_windows(stage: MergeStage, config: Config) -> None:
+    longest = config["max_position_embeddings"]
+    counted = stage.statistics if statistic_of(merge_method(stage)) else None
+    for key, how in (("statistics", counted), ("search", stage.search if stage.method == SEARCH else None)):
+        if how and how.sequence_length and how.sequence_length > longest:
+            line = f"{key}.sequence_length {how.sequence_length} is more than the model's max_position_embeddings"
+            raise InputError(f"{line}, {longest}")
 
 
 def _merged(configs: Mapping[str, Config]) -> Config:

@@ -119,7 +119,7 @@ class Show(Bar):
             self._update(stage, 0.0)
         elif kind == "step":
             share = event["step"] / event["steps"]
-            facts = f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
+            facts = event.get("facts") or f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
             self._update(stage, share, facts)
             if self._is_due(stage):
                 self.say(f"{stage}: step {event['step']}/{event['steps']}  {facts}")
@@ -131,7 +131,7 @@ class Show(Bar):
         elif kind == "error" or (kind == "stopped" and not self._requeues):
             self._update(stage, None)
             self.error = self.error or f"{stage}: {event['text']}"
-        elif kind in ("warning", "note", "stopped"):
+        elif kind in ("warning", "note", "outcome", "stopped"):
             self.say(f"{stage}: {event['text']}")
 
     def _update(self, stage: str, share: float | None, facts: str = "") -> None:

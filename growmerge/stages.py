@@ -29,7 +29,6 @@ from growmerge.shapes import recipe_of
 from growmerge.starts import keeps_optimizer, starting_source
 from growmerge.tasks import TOPOLOGY, WITHOUT_RESULT, Task, trained_languages
 from growmerge.texts import described, heldout_documents, tokenizer_of
-from merge.merge import merge
 from parallel.errors import InputError, Stopped
 from parallel.ranks import Ranks
 from train.data.tokenizer import TextTokenizer
@@ -110,7 +109,7 @@ def do_train(context: Context, task: Task) -> None:
         context.report({"event": "warning", "stage": task.name, "text": f"ended early: {result.stopped}"})
     elif not result.finished:
         raise Stopped(f"{task.name}: asked to stop; saved, and the same command goes on from here")
-    context.once(lambda: _export(context, task, open_checkpoint(result.checkpoint)))
+    context.once(lambda: export(context, task, open_checkpoint(result.checkpoint)))
 
 
 def scratch_config(model: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
@@ -140,7 +139,7 @@ def do_grow(context: Context, task: Task) -> None:
 
     def action() -> None:
         small = open_checkpoint(context.model(config["from_"]))
-        _export(context, task, grow(small, recipe))
+        export(context, task, grow(small, recipe))
         grown = open_checkpoint(task.folder / "model")
         tokenizer = tokenizer_of(context)
         texts = [document.text for documents in heldout_documents(context).values() for document in documents]
@@ -178,29 +177,21 @@ def token_batches(texts: Sequence[str], tokenizer: TextTokenizer, length: int, r
     return list(whole.split(rows))
 
 
-def do_merge(context: Context, task: Task) -> None:
-    config = task.config
+def export(
+    context: Context,
+    task: Task,
+    source: Source,
+    *,
+    also: Mapping[str, Path] | None = None,
+    more: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a stage's model as a plain Hugging Face folder, with tokenizer, provenance and card.
 
-    def action() -> None:
-        merged = merge(
-            [open_checkpoint(context.model(name)) for name in config["from_"]],
-            config["method"],
-            base=open_checkpoint(context.model(config["base"])) if config["base"] else None,
-            parameters=config["parameters"],
-            names=config["from_"],
-            seed=config["seed"],
-        )
-        for note in merged.notes:
-            context.report({"event": "note", "stage": task.name, "text": note})
-        _export(context, task, merged)
-
-    context.once(action)
-
-
-def _export(context: Context, task: Task, source: Source) -> None:
-    """Write a stage's model as a plain Hugging Face folder, with tokenizer, provenance and card."""
-    names = [*dict.fromkeys(_parents(task))]
-    folders = {name: context.model(name) for name in names}
+    Args:
+        also: folders of statistics that it comes from, by their tasks.
+        more: further files.
+    """
+    folders = {name: context.model(name) for name in _parents(task)} | dict(also or {})
     records = [{**_provenance(folder), "name": name} for name, folder in folders.items()]
     about = {
         "format": 1,
@@ -220,7 +211,7 @@ def _export(context: Context, task: Task, source: Source) -> None:
         SafetensorsLayout(dtype=None if task.verb == "grow" else DTYPES[task.config["precision"]]),
         workers=context.resources.threads,
         about=about,
-        extra_files=files,
+        extra_files={**files, **(more or {})},
     )
     write_card(context, task)
 

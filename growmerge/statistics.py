@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from parallel.errors import InputError
 from parallel.faults import point
 from parallel.memory import available_memory
 from slurm.lease import Lease
+from train.data.readers import Document
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 
 WINDOW = 1024
@@ -55,6 +56,10 @@ class Pass:
     """A checkpoint of any format, with its tokenizer.json."""
     texts: tuple[Path, ...]
     """.jsonl and .parquet by their field `text`, all else as plain text."""
+    documents: Mapping[str, Sequence[Document]] = field(default_factory=dict)
+    """Further texts, read already, by name."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; the model's by default."""
     folder: Path
     tokens: int | None = None
     """Tokens that are scored at most, from the first text's start; all of them by default."""
@@ -66,10 +71,15 @@ class Pass:
     """fisher: decides the draws."""
     every: int = 20
     """Batches between saves; results do not depend on it."""
+    patience: float = 0.0
+    """How long to wait for somebody else who holds the folder (seconds)."""
 
 
-def make_statistics(given: Pass) -> str:
+def make_statistics(given: Pass, tell: Callable[[int, int], None] | None = None) -> str:
     """Make a pass, or what a killed one has left of it; return what is said of the result.
+
+    Args:
+        tell: called with the tokens that are done, and all that there are to do.
 
     Raises:
         InputError: a file cannot be read or holds no text, the model has no tokenizer or holds a NaN, it does not fit
@@ -81,8 +91,9 @@ def make_statistics(given: Pass) -> str:
     folder = given.folder
     if folder.resolve() == given.model.resolve():
         raise InputError(f"{folder}: is the model itself; choose another folder")
-    source, tokenizer = open_checkpoint(given.model), load_tokenizer(given.model)
-    documents = [document for path in given.texts for document in read_text(path)]
+    source, tokenizer = open_checkpoint(given.model), load_tokenizer(given.tokenizer or given.model)
+    texts = [*map(read_text, given.texts), *given.documents.values()]
+    documents = [document for text in texts for document in text]
     about = _about(given, source, tokenizer)
     if _is_done(folder, about):
         _tidy(folder)
@@ -97,20 +108,25 @@ def make_statistics(given: Pass) -> str:
         check_tokens(model, request)
         sequences, tokens = sequences + 1, tokens + len(request.tokens) - request.context
     if not tokens:
-        raise InputError(f"{given.texts[0]}: holds no token to score")
+        raise InputError(f"{[*given.texts, *given.documents][0]}: holds no token to score")
     about |= {"counts": {"tokens": tokens, "sequences": sequences}}
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with Lease(folder / ".lease.json", f"growmerge stats {given.statistic}"):
+    with Lease(folder / ".lease.json", f"growmerge stats {given.statistic}", patience=given.patience):
         requests = cut(documents, tokenizer, length=length, tokens=given.tokens)
-        _run(given, source, model, batched(requests, BATCH), about)
+        _run(given, source, model, batched(requests, BATCH), about, tell)
         _tidy(folder)
     size = sum(entry["size"] for entry in manifest.read_manifest(folder)["files"].values())
     return f"{folder}: {given.statistic} over {tokens:,} tokens in {sequences:,} windows, {size:,} bytes"
 
 
 def _run(
-    given: Pass, source: Source, model: PreTrainedModel, batches: Iterator[list[Request]], about: Mapping[str, Any]
+    given: Pass,
+    source: Source,
+    model: PreTrainedModel,
+    batches: Iterator[list[Request]],
+    about: Mapping[str, Any],
+    tell: Callable[[int, int], None] | None,
 ) -> None:
     """Go on from what is saved, and write the result, the manifest last."""
     folder, counts = given.folder, about["counts"]
@@ -125,6 +141,8 @@ def _run(
             if now.batches % given.every == 0:
                 save_sums(folder, key, now)
             show.update(now.tokens)
+            if tell is not None:
+                tell(now.tokens, counts["tokens"])
             point(f"stats/{now.batches}")
 
         rest: Iterator[Sequence[Request]] = islice(batches, sums.batches, None)
@@ -161,13 +179,18 @@ def _about(given: Pass, source: Source, tokenizer: TextTokenizer) -> dict[str, A
             "model": digest(source),
             "tokenizer": tokenizer.sha256,
             "texts": [
-                {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in given.texts
+                *({"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in given.texts),
+                *({"name": name, "sha256": _sha256(documents)} for name, documents in given.documents.items()),
             ],
         },
         **descend([{**record, "name": record.get("name", given.model.name)}]),
         "tokens": source.run.tokens,
         "versions": {"growmerge": __version__, "torch": torch.__version__},
     }
+
+
+def _sha256(documents: Sequence[Document]) -> str:
+    return hashlib.sha256("\n".join(document.text for document in documents).encode()).hexdigest()
 
 
 def _is_done(folder: Path, about: Mapping[str, Any]) -> bool:

@@ -16,8 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from checkpoint import manifest
+from checkpoint.files import read_json
 from growmerge.events import read_events
 from growmerge.submitted import NO_WORD, SUBMITTED, Entry, ran, submitted, under_way, why
+from merge.search_settings import RESULT
 from parallel.errors import InputError, one_of
 from slurm import graph
 from slurm.lease import Owner, holder
@@ -53,7 +55,7 @@ class Row:
     """Seconds until its last step, at the speed of its last steps."""
     restarts: int = 0
     note: str = ""
-    """Why it waits or failed."""
+    """Why it waits or failed, or what a search has found."""
 
 
 def rows(workdir: Path) -> list[Row]:
@@ -76,7 +78,7 @@ def rows(workdir: Path) -> list[Row]:
 
 def _row(name: str, entry: Entry, job: Queued | None, entries: Mapping[str, Entry]) -> Row:
     if manifest.is_complete(entry.result):
-        return Row(stage=name, state="done", job=entry.ids[0])
+        return Row(stage=name, state="done", job=entry.ids[0], note=_found(entry.result))
     about: dict[str, Any] = {"stage": name, "job": job.id if job else entry.ids[0]}
     if job is None:
         if ran(entry):
@@ -101,6 +103,16 @@ def _row(name: str, entry: Entry, job: Queued | None, entries: Mapping[str, Entr
     return Row(state="running", nodes=job.nodes, **about, **progress(events))
 
 
+def _found(result: Path) -> str:
+    """Return what the search of a finished merge has found; nothing of other stages."""
+    path = result / "model" / RESULT
+    if not path.is_file():
+        return ""
+    found = read_json(path)
+    start, best = found["start"]["mean"], found["best"]["mean"]
+    return f"searched: {start:.4f} -> {best:.4f} bits per byte, {found['merges']} merges"
+
+
 def _here(workdir: Path) -> list[Row]:
     """Return what the log of runs on this machine says."""
     at: dict[str, list[dict[str, Any]]] = {}
@@ -118,7 +130,8 @@ def _here(workdir: Path) -> list[Row]:
         kinds = [event["event"] for event in events]
         last = max((number for number, kind in enumerate(kinds) if kind == "start"), default=0)
         if "done" in kinds[last:]:
-            found.append(Row(stage=name, state="done", job=""))
+            outcome = [str(event["text"]) for event in events[last:] if event["event"] == "outcome"]
+            found.append(Row(stage=name, state="done", job="", note="".join(outcome)))
             continue
         errors = [str(event["text"]) for event in events[last:] if event["event"] == "error"]
         state = "failed" if errors else "running" if owner else "stopped"
@@ -143,8 +156,8 @@ def progress(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     left = (last["steps"] - last["step"]) * (last["time"] - first["time"]) / done if done > 0 else None
     return {
         "step": f"{last['step']}/{last['steps']}",
-        "loss": last["loss"],
-        "tokens_per_second": last["tokens_per_second"],
+        "loss": last.get("loss"),  # of training alone
+        "tokens_per_second": last.get("tokens_per_second"),
         "left_s": left,
     }
 
@@ -300,8 +313,6 @@ def again(workdir: Path) -> dict[str, str | None]:
     Raises:
         InputError: nothing was submitted from it.
     """
-    from checkpoint.files import read_json
-
     path = workdir / SUBMITTED
     if not path.is_file():
         raise InputError(f"{workdir}: no jobs of a cluster were submitted from here")

@@ -6,18 +6,20 @@ configuration runs what depends on it anew and nothing else, and going back to a
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint import manifest
 from growmerge.config import merged_training
-from growmerge.graph import Node
+from growmerge.graph import Node, is_path
 from growmerge.hub import PREFIX, place
 from growmerge.resolved import corpora_of, resolved
-from growmerge.rules import merge_parameters
+from growmerge.rules import merge_method, merge_parameters
 from growmerge.schema import Corpus, MergeStage, Pipeline, TrainStage
+from merge.search_settings import SEARCH
+from merge.table import statistic_of
 from parallel.errors import InputError
 from train.data.places import opened
 
@@ -27,6 +29,7 @@ VERSIONS = {
     "pairs": 1,
     "train": 1,
     "grow": 2,
+    "statistics": 1,
     "merge": 2,
     "evaluate": 2,
     "baselines": 1,
@@ -113,8 +116,17 @@ def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, ba
     add("tokens", "tokens", {"tokenizer": tokenizer, "stamp": _path_stamp(pipeline.tokenizer.path, base)}, ("text",))
     add("pairs", "pairs", {"pairs": pipeline.evaluation.pairs, "seed": pipeline.seed}, ("text",))
     for node in nodes.values():
+        counted = statistics_of(node.stage, pipeline.seed) if isinstance(node.stage, MergeStage) else []
+        for name, about in counted:
+            model = about["from_"]
+            if name not in tasks:
+                stamps = {} if model in nodes else {model: _path_stamp(model, base)}
+                config = {**about, "stamps": {**stamps, **_text_stamps([about["text"]], base)}}
+                add(name, "statistics", config, (*((model,) if model in nodes else ()), "tokens"))
         config = _stage_config(pipeline, node, base)
-        reads = ("tokens",) if node.verb in ("train", "grow") else ()
+        reads = [*dict.fromkeys(name for name, _ in counted)]
+        if node.verb in ("train", "grow") or "search" in config:
+            reads.append("tokens")
         add(node.name, node.verb, config, (*node.inputs, *reads))
     window = {"evaluation": _evaluation(pipeline), "seed": pipeline.seed}
     for node in nodes.values():
@@ -160,7 +172,14 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
     config["stamps"] = {path: _path_stamp(path, base) for path in paths}
     if isinstance(node.stage, MergeStage):
         config["parameters"] = merge_parameters(node.stage)
-        del config["weights"]
+        for key in ("weights", "statistics", "search"):
+            config.pop(key, None)
+        if counted := statistics_of(node.stage, pipeline.seed):
+            config["statistics"] = [name for name, _ in counted]
+        if node.stage.method == SEARCH and node.stage.search:
+            search = node.stage.search
+            config["search"] = {**asdict(search), "seed": pipeline.seed + search.seed}
+            config["stamps"] |= _text_stamps(search.texts.values(), base)
     if isinstance(node.stage, TrainStage):
         config["training"] = _without_added(merged_training(pipeline, node.stage))
         config["mixture"] = resolved(node.stage.data, pipeline.mixtures)
@@ -172,6 +191,23 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
         if node.stage.from_ == "scratch" and pipeline.model is not None:
             config["model"] = asdict(pipeline.model)
     return config
+
+
+def statistics_of(merge: MergeStage, seed: int) -> list[tuple[str, dict[str, Any]]]:
+    """Return (task, configuration) of the statistics of each model that a merge goes by; none for most methods."""
+    statistic, asked = statistic_of(merge_method(merge)), merge.statistics
+    if statistic is None or asked is None:
+        return []
+    texts = [asked.text] * len(merge.from_) if isinstance(asked.text, str) else asked.text
+    how: dict[str, Any] = {"tokens": asked.tokens, "sequence_length": asked.sequence_length}
+    if statistic == "fisher":
+        how |= {"labels": asked.labels, "seed": seed if asked.labels == "sampled" else 0}
+    found = []
+    for model, text in zip(merge.from_, texts, strict=True):
+        about = {"statistic": statistic, "from_": model, "text": text, **how}
+        mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:6]
+        found.append((f"statistics/{statistic}-{Path(model).name}-{mark}", about))
+    return found
 
 
 def _without_added(settings: Any) -> dict[str, Any]:
@@ -191,6 +227,12 @@ def _scored_languages(pipeline: Pipeline, stage: TrainStage) -> list[str]:
     if pipeline.study is not None:
         names.add(pipeline.study.source_language)
     return [language for language in pipeline.corpora if language in names]
+
+
+def _text_stamps(texts: Iterable[str], base: Path) -> dict[str, Any]:
+    """Sizes and times of the texts that are files."""
+    stats = {text: (base / text).stat() for text in texts if is_path(text)}
+    return {text: [stat.st_size, stat.st_mtime_ns] for text, stat in stats.items()}
 
 
 def _path_stamp(path: str | None, base: Path) -> Any:

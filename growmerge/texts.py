@@ -8,8 +8,10 @@ from typing import Any
 from checkpoint.files import read_json, write_bytes, write_json
 from eval.pairs import Pair, make_pairs
 from growmerge.context import Context
+from growmerge.graph import is_path
 from growmerge.hub import place
 from growmerge.tasks import LABELS, Task
+from growmerge.tokenizer_report import read_text
 from parallel.errors import InputError
 from train.data.corpus import build_corpora, read_corpus, write_corpora
 from train.data.packages import default_cache
@@ -122,6 +124,18 @@ def described(context: Context, language: str) -> dict[str, Any]:
     labels = [{key: getattr(source, key) for key in LABELS} for source in corpus.sources]
     sources = [{**found, **label} for found, label in zip(metadata["sources"], labels, strict=True)]
     return {**metadata, "name": corpus.name, "sources": sources}
+
+
+def documents_of(context: Context, text: str) -> Sequence[Document]:
+    """Return the documents of a text that the file names: a corpus' training text, a split's (`eng.first`), a file's.
+
+    Raises:
+        InputError: no such file, or one without text; a split without documents.
+    """
+    if is_path(text):
+        return read_text(context.base / text)
+    language, _, split = text.partition(".")
+    return read_corpus(context.folder("text"), language).part(split or None)
 
 
 def heldout_documents(context: Context) -> dict[str, tuple[Document, ...]]:

@@ -18,11 +18,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "pairs": ("growmerge.texts", "do_pairs"),
     "train": ("growmerge.stages", "do_train"),
     "grow": ("growmerge.stages", "do_grow"),
-    "merge": ("growmerge.stages", "do_merge"),
+    "statistics": ("growmerge.merge_stages", "do_statistics"),
+    "merge": ("growmerge.merge_stages", "do_merge"),
     "evaluate": ("growmerge.scores", "do_evaluate"),
     "baselines": ("growmerge.scores", "do_baselines"),
     "report": ("growmerge.results", "do_report"),
 }
+TRIES = ".search.jsonl"
+"""What the search of a merge has tried."""
 
 
 def do(context: Context, task: Task) -> None:
@@ -37,8 +40,11 @@ def do(context: Context, task: Task) -> None:
 
 
 def _clear(task: Task) -> None:
-    """Remove what a killed run left of a task, but for what training resumes from."""
+    """Remove what a killed run left of a task, but for what it goes on from."""
     (task.folder / manifest.NAME).unlink(missing_ok=True)
-    if task.verb != "train" and task.folder.is_dir():
-        shutil.rmtree(task.folder)
     task.folder.mkdir(parents=True, exist_ok=True)
+    for path in [] if task.verb in ("train", "statistics") else task.folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != TRIES:
+            path.unlink()

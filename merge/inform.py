@@ -10,7 +10,7 @@ from checkpoint.source import Source
 from merge.reads import Operand
 from merge.stack import Order
 from merge.statistics_files import check_model
-from merge.table import METHODS
+from merge.table import statistic_of
 from parallel.errors import InputError
 
 Place = Callable[[str], Path]
@@ -48,7 +48,7 @@ def inform(
     Raises:
         InputError: a folder that cannot be opened, is incomplete or damaged, of another model, or lacks a tensor.
     """
-    key = next((key for key in ("fisher", "gram") if key in METHODS[method].parameters), None)
+    key = statistic_of(method)
     if key is None:
         return Informed(orders=orders)
     models = models or sources

@@ -8,6 +8,8 @@ from merge.table import METHODS
 from parallel.errors import InputError, one_of
 
 SEARCH = "search"
+RESULT = "search.json"
+"""What a search leaves beside its model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,3 +194,10 @@ METHODS: dict[str, Method] = {
     ),
 }
 """A merge method a name, as mergekit 0.1.5 calls them; it has none of the last three."""
+STATISTICS = ("fisher", "gram")
+"""Parameters that name the folder of a model's statistics, called as `growmerge stats` calls these."""
+
+
+def statistic_of(method: str) -> str | None:
+    """Return which statistics of each model a method goes by, if it goes by some."""
+    return next((name for name in STATISTICS if name in METHODS[method].parameters), None)

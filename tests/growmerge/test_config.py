@@ -416,6 +416,5 @@ def test_a_pipeline_needs_text_mixtures_and_stages(key: str, problem: str, tmp_p
     assert str(caught.value) == f"{path}:{2 + list(parts).index(key)}: {key}: {problem}"
 
 
-def test_merge_stages_know_every_method_but_those_that_go_by_statistics():
-    by_statistics = {name for name, method in METHODS.items() if {"fisher", "gram"} & method.parameters.keys()}
-    assert {*get_args(MergeMethod)} == METHODS.keys() - by_statistics
+def test_merge_stages_know_every_method():
+    assert {*get_args(MergeMethod)} == {*METHODS, "search"}
