@@ -1,16 +1,14 @@
 """Filling files that are laid out alike, block by block: one for a checkpoint, or one for each of many merges.
 
-A worker takes a block (16 MiB, as the manifest hashes them) of all files at once and goes through it piece by piece, so
-that a source that many files read from is read once. What it fills it hashes and writes: no byte is read again.
+Blocks (16 MiB, as the manifest hashes them) are dealt out to the members of a team. One takes a block of all files at
+once and goes through it piece by piece, so that a source that many files read from is read once. What it fills it
+hashes and writes: no byte is read again.
 """
 
 import math
 import os
-import threading
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ import xxhash
 from checkpoint.layout import Fragment
 from checkpoint.manifest import BLOCK
 from checkpoint.source import Source, box_shape, flat_tiles
+from checkpoint.team import Member, go_through
 from parallel.errors import InputError
 from parallel.memory import give_back_freed
 
@@ -38,18 +37,13 @@ class Span:
     stop: int
 
 
-def alone() -> None:
-    """Workers are the parallelism: torch's own threads would wait for one another at every small operation."""
-    torch.set_num_threads(1)
-
-
 def fill(
     sources: Sequence[Source],
     fragments: Sequence[Fragment],
     handles: Sequence[int],
     *,
-    pool: ThreadPoolExecutor,
     workers: int,
+    together: bool,
     first: int,
     done: Callable[[Sequence[str]], None],
 ) -> None:
@@ -57,33 +51,44 @@ def fill(
 
     Args:
         handles: of the files, one a source.
+        workers: processes; threads of this one if the sources want to share memory (`together`).
         first: number of the block to begin with.
         done: called with each block's checksums, one a file, in the order of the blocks.
     """
     spans = sorted((_span(sources[0], fragment) for fragment in fragments), key=lambda span: span.start)
     starts = [span.start for span in spans]
     size = os.fstat(handles[0]).st_size
-    known: list[dict[str, Any]] = [{} for _ in sources]
-    pending: deque[Future[list[str]]] = deque()
-    buffers = threading.local()
-    at = 0
-    for begin in range(first * BLOCK, size, BLOCK):
-        end = min(begin + BLOCK, size)
-        while at < len(spans) and spans[at].stop <= begin:
-            at += 1
-        part = spans[at : bisect_left(starts, end)]
-        # Known before the block is handed out: a worker that waited for the pool would wait for itself.
-        names = dict.fromkeys(span.fragment.tensor for span in part)
-        fresh: list[dict[str, Any]] = [{} for _ in sources]
-        for name in names:  # of one tensor all sources ask for much the same, one after the other
-            for source, stats, own in zip(sources, known, fresh, strict=True):
-                own[name] = stats[name] if name in stats else source.collect(name, pool.map)
-        known = fresh
-        pending.append(pool.submit(_block, sources, part, known, handles, begin, end, buffers))
-        if len(pending) > workers:
-            done(pending.popleft().result())
-    for one in pending:
-        done(one.result())
+    blocks = [(begin, min(begin + BLOCK, size)) for begin in range(first * BLOCK, size, BLOCK)]
+
+    def work(member: Member) -> None:
+        known: list[dict[str, Any]] = [{} for _ in sources]
+        buffers = torch.empty(len(sources), max(2 * PIECE, BLOCK // len(sources) // PIECE * PIECE), dtype=torch.uint8)
+        at = 0
+        for number, (begin, end) in enumerate(blocks):
+            while at < len(spans) and spans[at].stop <= begin:
+                at += 1
+            part = spans[at : bisect_left(starts, end)]
+            names = dict.fromkeys(span.fragment.tensor for span in part)
+            fresh: list[dict[str, Any]] = [{} for _ in sources]
+            for name in names:  # of one tensor all sources ask for much the same, one after the other
+                for source, stats, own in zip(sources, known, fresh, strict=True):
+                    own[name] = stats[name] if name in stats else source.collect(name, member.spread)
+            known = fresh
+            if number % member.count == member.number:
+                member.tell((number, _block(sources, part, known, handles, begin, end, buffers)))
+
+    ready: dict[int, list[str]] = {}
+    told = 0
+
+    def tell(what: tuple[int, list[str]]) -> None:
+        nonlocal told
+        ready[what[0]] = what[1]
+        while told in ready:
+            done(ready.pop(told))
+            told += 1
+
+    members = 1 if together else min(workers, max(1, len(blocks)))
+    go_through(work, tell, members=members, threads=workers if together else 1)
 
 
 def _span(source: Source, fragment: Fragment) -> Span:
@@ -99,16 +104,14 @@ def _block(
     handles: Sequence[int],
     begin: int,
     end: int,
-    buffers: threading.local,
+    buffers: torch.Tensor,
 ) -> list[str]:
     """Fill bytes [begin, end) of all files, write them, and return their checksums."""
-    piece = max(2 * PIECE, BLOCK // len(sources) // PIECE * PIECE)
-    if not hasattr(buffers, "own") or buffers.own.shape != (len(sources), piece):
-        buffers.own = torch.empty(len(sources), piece, dtype=torch.uint8)
+    piece = buffers.shape[1]
     digests = [xxhash.xxh3_128() for _ in sources]
     for low in range(begin, end, piece):
         high = min(low + piece, end)
-        filled = buffers.own[:, : high - low]
+        filled = buffers[:, : high - low]
         within = [span for span in spans if span.start < high and span.stop > low]
         if sum(min(span.stop, high) - max(span.start, low) for span in within) < high - low:
             for data, handle in zip(filled, handles, strict=True):

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from checkpoint.adapter import Adapter, Change
@@ -84,16 +85,16 @@ class LoraSource(WithoutState):
         if not change.by_column:
             return inner, None
 
-        def squares(box: Box) -> torch.Tensor:
+        def squares(box: Box) -> np.ndarray:
             total = torch.zeros(box_shape(box)[1], dtype=torch.float64)
             for _, values in self._sums(name, box, inner):
                 total += values.double().square_().sum(0)
-            return total
+            return total.numpy()
 
         total = torch.zeros(self.infos[name].shape[1], dtype=torch.float64)
         tiles = self.tiles(name)
         for box, part in zip(tiles, spread(squares, tiles), strict=True):
-            total[box[1]] += part
+            total[box[1]] += torch.from_numpy(part)
         return inner, total.sqrt()
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:

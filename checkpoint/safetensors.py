@@ -90,7 +90,9 @@ class SafetensorsSource:
     config: Mapping[str, Any]
     run: RunState
     groups: Mapping[str, Group] = field(default_factory=lambda: {"default": Group()})
-    _maps: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _maps: dict[Path, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """Files as mappings: they read just the pages that are asked for."""
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def family(self) -> Family:
@@ -136,15 +138,18 @@ class SafetensorsSource:
             tensor.copy_(piece)
 
     def _mapped(self, name: str) -> torch.Tensor:
-        """Return a tensor that lies in the file: a mapping reads just the pages that are asked for."""
-        if name not in self._maps:
+        """Return a tensor that lies in the file."""
+        if name not in self._tensors:
             stored = self.stored[name]
-            # Integers of the element's size: numpy has no bfloat16. Copy-on-write, since torch wants to be able to
-            # write; nobody does.
-            kind = f"u{stored.dtype.itemsize}"
-            raw = np.memmap(stored.path, dtype=kind, mode="c", offset=stored.offset, shape=stored.shape)
-            self._maps[name] = torch.from_numpy(raw).view(stored.dtype)
-        return self._maps[name]
+            if stored.path not in self._maps:
+                # Copy-on-write, since torch wants to be able to write; nobody does.
+                self._maps[stored.path] = np.memmap(stored.path, dtype=np.uint8, mode="c")
+            size = math.prod(stored.shape) * stored.dtype.itemsize
+            raw = self._maps[stored.path][stored.offset : stored.offset + size]
+            # Integers of the element's size, wherever they begin in the file: numpy has no bfloat16.
+            whole = torch.from_numpy(np.frombuffer(raw, dtype=f"u{stored.dtype.itemsize}").reshape(stored.shape))
+            self._tensors[name] = whole.view(stored.dtype)
+        return self._tensors[name]
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource:

@@ -31,7 +31,7 @@ TILE = 1 << 17
 In = TypeVar("In")
 Out = TypeVar("Out")
 Map = Callable[[Callable[[In], Out], Iterable[In]], Iterable[Out]]
-"""`map` or a pool's ordered map: how work over tiles is spread."""
+"""`map`, or what does the same with many workers: how work over tiles is spread."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The writer: asks a layout which bytes go where and pulls them from a source, block by block, in parallel.
 
 Many checkpoints of one layout can be written side by side, so that what their sources share is read once. Memory is
-bounded by block size x workers. The bytes do not depend on the number of workers.
+bounded by block size x workers, which are processes (`checkpoint.team`). The bytes do not depend on their number.
 """
 
 import hashlib
@@ -9,13 +9,12 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint.blocks import alone, fill
+from checkpoint.blocks import fill
 from checkpoint.files import disk_errors, inside, read_json, write_bytes, write_json
 from checkpoint.layout import FilePlan, Fragment, Layout
 from checkpoint.manifest import NAME, write_manifest
@@ -40,6 +39,8 @@ class Output:
     to tell sources apart for an interrupted call to be gone on with; without it all is written anew."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Further files (a tokenizer, say) by relative name."""
+    whole: bool = False
+    """Its source makes whole tensors in memory, once for all: workers are threads then."""
 
 
 def write_checkpoint(
@@ -56,7 +57,7 @@ def write_checkpoint(
     After a kill the same call goes on with what is missing: `PROGRESS` says what is there, and of what.
 
     Args:
-        workers: threads that read, compute and write tiles.
+        workers: processes that read, compute and write tiles.
         about: as in Output.
         extra_files: as `files` in Output.
 
@@ -76,14 +77,13 @@ def write_checkpoints(outputs: Sequence[Output], layout: Layout, *, workers: int
     jobs = [_Job(output, layout) for output in outputs]
     assert len({tuple((plan.name, plan.tensors) for plan in job.plans) for job in jobs}) == 1, "layouts differ"
     keep_freed()
-    with ThreadPoolExecutor(max_workers=workers, initializer=alone) as pool:
-        for number, plan in enumerate(jobs[0].plans):
-            left = [job for job in jobs if plan.name not in job.hashes]
-            if left:
-                _write_file(left, number, pool, workers)
-                for job in left:
-                    job.end_file(plan.name)
-                point(f"write/{plan.name}")
+    for number, plan in enumerate(jobs[0].plans):
+        left = [job for job in jobs if plan.name not in job.hashes]
+        if left:
+            _write_file(left, number, workers)
+            for job in left:
+                job.end_file(plan.name)
+            point(f"write/{plan.name}")
     return [job.end(layout) for job in jobs]
 
 
@@ -185,7 +185,7 @@ class _Job:
         return content
 
 
-def _write_file(jobs: Sequence[_Job], number: int, pool: ThreadPoolExecutor, workers: int) -> None:
+def _write_file(jobs: Sequence[_Job], number: int, workers: int) -> None:
     """Write the file of this number of each job."""
     name = jobs[0].plans[number].name
     first = min(job.blocks_of(name) for job in jobs)
@@ -207,7 +207,8 @@ def _write_file(jobs: Sequence[_Job], number: int, pool: ThreadPoolExecutor, wor
                 noted = time.monotonic()
 
         sources = [job.plans[number].source or job.output.source for job in jobs]
-        fill(sources, fragments[0], handles, pool=pool, workers=workers, first=first, done=done)
+        together = any(job.output.whole for job in jobs)
+        fill(sources, fragments[0], handles, workers=workers, together=together, first=first, done=done)
         for handle in handles:
             os.fsync(handle)
 

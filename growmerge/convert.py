@@ -55,12 +55,12 @@ class Target:
     vocab_parallel: bool = False
     """zero3 with tensor parallelism: a tied embedding is cut too; see `checkpoint.tensor_parallel`."""
     workers: int | None = None
-    """Threads; the machine's cores by default."""
+    """Processes; the machine's cores by default."""
     finite: bool = False
     """Refuse a source that holds a NaN or an infinity."""
 
     @property
-    def threads(self) -> int:
+    def processes(self) -> int:
         """Workers that write.
 
         Raises:
@@ -156,6 +156,7 @@ def write_target(
     parents: Sequence[Mapping[str, Any]],
     inputs: Sequence[Path],
     files: Mapping[str, bytes],
+    whole: bool = False,
 ) -> str:
     """Write a source where it goes, unless it is there; return what is said of it. Arguments as of `planned`.
 
@@ -165,7 +166,7 @@ def write_target(
     folder = target.folder
 
     def plan() -> tuple[Output | None, Layout]:
-        return planned(source, target, made=made, parents=parents, inputs=inputs, files=files)
+        return planned(source, target, made=made, parents=parents, inputs=inputs, files=files, whole=whole)
 
     if plan()[0] is None:
         return f"nothing to do: {folder} is there and whole"
@@ -174,7 +175,7 @@ def write_target(
         if output is None:
             return f"nothing to do: {folder} is there and whole"
         try:
-            write_checkpoints([output], layout, workers=target.threads)
+            write_checkpoints([output], layout, workers=target.processes)
         except NotFiniteError:
             for path in folder.iterdir():  # there is no going on
                 if path.is_dir():
@@ -213,6 +214,7 @@ def planned(
     parents: Sequence[Mapping[str, Any]],
     inputs: Sequence[Path],
     files: Mapping[str, bytes],
+    whole: bool = False,
 ) -> tuple[Output | None, Layout]:
     """Return what is to be written, and how; nothing if it is there.
 
@@ -221,6 +223,7 @@ def planned(
         parents: records of the checkpoints that it is made from.
         inputs: their folders.
         files: further files, by name.
+        whole: as in Output.
 
     Raises:
         InputError: the target is taken; an unknown format or dtype.
@@ -256,7 +259,7 @@ def planned(
     others = [path for path in folder.iterdir() if path.name != LEASE] if folder.is_dir() else []
     if others and not (folder / PROGRESS).is_file():
         raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
-    return Output(source=source, folder=folder, about=about, files=files), layout
+    return Output(source=source, folder=folder, about=about, files=files, whole=whole), layout
 
 
 def fingerprint(folder: Path) -> str:

@@ -166,6 +166,7 @@ def written_of(applied: Applied, models: Models, target: Target, more: Mapping[s
         "parents": parents,
         "inputs": [*(folder for name in recipe.models for folder in models.folders[name]), *models.statistics],
         "files": {**files_beside(applied, models, target), **more},
+        "whole": METHODS[recipe.method].whole_matrix,
     }
 
 

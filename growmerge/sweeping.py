@@ -101,7 +101,7 @@ def _write(applied: Mapping[str, Applied], models: Models, target: Target) -> It
     for outputs in groups.values():
         for start in range(0, len(outputs), AT_ONCE):
             part = outputs[start : start + AT_ONCE]
-            write_checkpoints([output for output, _ in part], part[0][1], workers=target.threads)
+            write_checkpoints([output for output, _ in part], part[0][1], workers=target.processes)
 
 
 def _notes(one: Applied) -> list[str]:

@@ -53,13 +53,15 @@ class Runner:
     """From a box, and what was collected, to its merged values, float32."""
     collect: Callable[[Stack, Map], Any] | None = None
     """What it needs to know of a whole tensor first."""
+    drops: bool = False
+    """Whether a value that is not finite may leave the merged ones finite."""
 
 
 def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
     """Return how a method is run that sums sparse task vectors."""
 
     def collect(stack: Stack, spread: Map) -> list[Kept]:
-        return [stack.collect_kept(number, one, spread) for number, one in enumerate(_sparsifiers(stack, kind))]
+        return stack.collect_kept(_sparsifiers(stack, kind), spread)
 
     def merge(stack: Stack, box: Box, stats: Sequence[Kept] | None) -> torch.Tensor:
         deltas, factors = stack.deltas(box) if stats is None else [], None
@@ -77,7 +79,7 @@ def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
             factors=factors,
         )
 
-    return Runner(merge=merge, collect=collect if kind else None)
+    return Runner(merge=merge, collect=collect if kind else None, drops=kind is not None)
 
 
 def _along(coefficients: np.ndarray, box: Box, along: str) -> list[float | torch.Tensor]:
@@ -261,13 +263,13 @@ RUNNERS: dict[str, Runner] = {
     "della_linear": sparse("ranked", methods.task_arithmetic),
     "breadcrumbs": sparse("outliers", methods.task_arithmetic),
     "breadcrumbs_ties": sparse("outliers", methods.ties),
-    "sce": Runner(merge=sce, collect=sce_stats),
-    "ram": Runner(merge=ram),
-    "ramplus_tl": Runner(merge=ram, collect=ram_stats),
+    "sce": Runner(merge=sce, collect=sce_stats, drops=True),
+    "ram": Runner(merge=ram, drops=True),
+    "ramplus_tl": Runner(merge=ram, collect=ram_stats, drops=True),
     "nearswap": Runner(merge=nearswap),
-    "arcee_fusion": Runner(merge=fusion, collect=fusion_stats),
+    "arcee_fusion": Runner(merge=fusion, collect=fusion_stats, drops=True),
     "passthrough": Runner(merge=passthrough),
-    "fisher": Runner(merge=fisher.box, collect=fisher.mean),
+    "fisher": Runner(merge=fisher.box, collect=fisher.mean, drops=True),
     "regmean": Runner(merge=matrices.regmean_box, collect=matrices.regmean_stats),
     "tsv": Runner(merge=matrices.tsv_box, collect=matrices.tsv_stats),
 }

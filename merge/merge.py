@@ -16,7 +16,7 @@ from checkpoint.provenance import descend, stems_from
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, WithoutState, row_major_tiles
 from merge.boxes import RUNNERS
 from merge.inform import Place, inform
-from merge.reads import Operand, Reads
+from merge.reads import Operand, Reads, all_finite
 from merge.settings import check_count, settings_of
 from merge.stack import Order, Stack, Stats
 from merge.table import METHODS
@@ -95,8 +95,8 @@ class MergedSource:
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
         merged = RUNNERS[self.method].merge(self._stack(name, stats.inner), box, stats.method)
         rounded = out["weight"].copy_(merged)
-        # The sum of finite numbers may overflow; one of them that is not finite makes it so for certain.
-        if not torch.isfinite(rounded.sum(dtype=torch.float32)) and not torch.isfinite(rounded).all():
+        if not all_finite(rounded):
+            self._stack(name, stats.inner).look_at([box])  # is it one of theirs?
             raise InputError(f"{name}: a merged value is too large for {str(rounded.dtype).removeprefix('torch.')}")
 
     @cached_property
@@ -112,6 +112,7 @@ class MergedSource:
             reads=self.reads,
             inner=inner,
             seed=self.seed,
+            check=RUNNERS[self.method].drops,
         )
 
 

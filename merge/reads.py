@@ -1,5 +1,6 @@
 """Boxes of several models in float32, each read once however many merges ask for it."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,48 +59,70 @@ class Reads:
 
         The lock is not held meanwhile: what is made may wait for threads that ask here themselves.
         """
+        known = self.of_tensor(name)
+        if key not in known:
+            known[key] = make()
+        found: Made = known[key]
+        return found
+
+    def of_tensor(self, name: str) -> dict[Any, Any]:
+        """Return what is remembered while the same tensor is merged, to add to."""
         with self._lock:
             if name not in self._of_tensor:
                 while len(self._of_tensor) >= KNOWN:
                     del self._of_tensor[next(iter(self._of_tensor))]
                 self._of_tensor[name] = {}
-            known = self._of_tensor[name]
-        if key not in known:
-            known[key] = make()
-        found: Made = known[key]
-        return found
+            return self._of_tensor[name]
 
     def once_a_box(self, name: str, box: Box, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what this thread made for this key when it was last at the same box, or make it.
 
         What is returned must not be changed.
         """
-        place = (name, tuple((part.start, part.stop) for part in box))
-        if getattr(self._of_box, "place", None) != place:
-            self._of_box.place, self._of_box.known = place, {}
-        known: dict[Any, torch.Tensor] = self._of_box.known
+        known = self._known(name, box)
         if key not in known:
             known[key] = make()
         return known[key]
+
+    def _known(self, name: str, box: Box) -> dict[Any, torch.Tensor]:
+        if getattr(self._of_box, "box", None) != box or self._of_box.name != name:
+            self._of_box.name, self._of_box.box, self._of_box.known = name, box, {}
+        known: dict[Any, torch.Tensor] = self._of_box.known
+        return known
 
     def collect(self, name: str, operand: Operand, spread: Map) -> Any:
         """Return what reading a tensor needs to know of it first."""
         return self.once_a_tensor(name, operand, lambda: self.sources[operand.model].collect(operand.name, spread))
 
-    def read(self, name: str, operand: Operand, box: Box, stats: Any) -> torch.Tensor:
+    def read(self, name: str, operand: Operand, box: Box, stats: Any, *, check: bool) -> torch.Tensor:
         """Return a box of a tensor in float32, for the merged tensor of a name; not to be changed."""
-        return self.once_a_box(name, box, operand, lambda: self.fresh(operand, box, stats))
+        return self.once_a_box(name, box, operand, lambda: self.fresh(operand, box, stats, check=check))
 
-    def fresh(self, operand: Operand, box: Box, stats: Any) -> torch.Tensor:
+    def less(
+        self, name: str, operand: Operand, base: torch.Tensor, box: Box, stats: Any, *, check: bool
+    ) -> torch.Tensor:
+        """Return a box of a tensor less the base's, which is what most merges ask for: in place if nobody has it."""
+        known = self._known(name, box).get(operand)
+        return self.fresh(operand, box, stats, check=check).sub_(base) if known is None else known - base
+
+    def fresh(self, operand: Operand, box: Box, stats: Any, *, check: bool = True) -> torch.Tensor:
         """Return a box of a tensor in float32, which nobody else has.
+
+        Args:
+            check: whether its values have to be finite.
 
         Raises:
             InputError: a weight is not finite.
         """
         tensor = torch.empty(box_shape(box), dtype=torch.float32)
         self.sources[operand.model].read(operand.name, box, {"weight": tensor}, stats)
-        # The sum of finite numbers may be too large; a number that is not finite makes it so for certain.
-        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        if check and not all_finite(tensor):
             who = self.labels[operand.model]
             raise InputError(f"{who}: {operand.name} holds a value that is not finite; such a model cannot be merged")
         return tensor
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Return whether all values are finite; a third of a pass over them if so."""
+    # The sum of finite numbers may be too large; a number that is not finite makes it so for certain.
+    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(torch.isfinite(values).all())

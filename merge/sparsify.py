@@ -5,8 +5,8 @@ depend on (seed, model, tensor, element) alone.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,10 +14,8 @@ import torch
 
 from checkpoint.source import Box, Map, box_shape
 from merge.threshold import Cut, find_cuts, magnitudes, trim
-from upscale.split import uniform_at
+from upscale.split import half_words_at, uniform_at
 
-Read = Callable[[Box], torch.Tensor]
-"""From a box to a task vector's float32 values in it."""
 SMALLEST = 1e-7
 """Sums of magnitudes below this are not brought back by rescaling."""
 
@@ -57,37 +55,68 @@ class Kept:
 
 
 def collect(
-    sparsifier: Sparsifier, name: str, read: Read, shape: Sequence[int], tiles: Sequence[Box], spread: Map
-) -> Kept:
-    """Find what `keep` needs to know.
+    sparsifiers: Sequence[Sparsifier],
+    name: str,
+    read: Callable[[Box], Iterable[torch.Tensor]],
+    shape: Sequence[int],
+    tiles: Sequence[Box],
+    spread: Map,
+) -> list[Kept]:
+    """Find what `keep` needs to know, of N task vectors in one pass.
 
     Args:
+        sparsifiers: one a task vector.
         name: of the tensor; a part of the random numbers' key.
+        read: from a box to the N task vectors' float32 values in it.
         tiles: boxes that cover the shape once, contiguous, in row-major order.
     """
-    if sparsifier.density >= 1 or sparsifier.density <= 0:
-        return Kept()
-    found = Kept()
-    size = math.prod(shape)
-    if sparsifier.kind == "magnitude":
-        stays = max(1, int(sparsifier.density * size))
-        found = Kept(cut=find_cuts(lambda box: [read(box)], shape, tiles, [stays], spread)[0])
-    elif sparsifier.kind == "outliers":
-        stays = int(sparsifier.density * size)
-        top = min(int(sparsifier.gamma * size), size - stays)  # the density goes first
-        ranks = [rank for rank in (top + stays, top) if rank]
-        cuts = find_cuts(lambda box: [read(box)] * len(ranks), shape, tiles, ranks, spread) if ranks else []
-        found = Kept(cut=cuts[0] if stays else None, outliers=cuts[1] if len(cuts) > 1 else None)
-    if not sparsifier.rescale:
+    found = _cuts(sparsifiers, read, shape, tiles, spread)
+    rescaled = [number for number, one in enumerate(sparsifiers) if one.rescale and 0 < one.density < 1]
+    if not rescaled:
         return found
 
     def sums(tile: Box) -> np.ndarray:
-        delta = read(tile)
-        kept = keep(sparsifier, name, delta, found, shape, tile)
-        return np.array([one.abs().sum().item() for one in (delta, kept)])  # of a tile; of all in float64
+        """Return sums of magnitudes, before and after; of a tile in float32, of all in float64."""
+        total = np.zeros((2, len(rescaled)))
+        deltas = [*read(tile)]
+        for place, number in enumerate(rescaled):
+            sizes = deltas[number].abs()
+            kept = keep(sparsifiers[number], name, sizes, found[number], shape, tile)
+            total[:, place] = sizes.sum().item(), kept.sum().item()
+        return total
 
-    before, after = sum(spread(sums, tiles), np.zeros(2))
-    return Kept(cut=found.cut, outliers=found.outliers, factor=before / after if min(before, after) >= SMALLEST else 1)
+    for number, (before, after) in zip(rescaled, sum(spread(sums, tiles)).T, strict=True):
+        if min(before, after) >= SMALLEST:
+            found[number] = replace(found[number], factor=before / after)
+    return found
+
+
+def _cuts(
+    sparsifiers: Sequence[Sparsifier],
+    read: Callable[[Box], Iterable[torch.Tensor]],
+    shape: Sequence[int],
+    tiles: Sequence[Box],
+    spread: Map,
+) -> list[Kept]:
+    """Return the cuts of those that go by size."""
+    size = math.prod(shape)
+    ranks: dict[tuple[int, str], int] = {}
+    """Elements that are at least as large as a cut, by the sparsifier's number and which of its cuts."""
+    for number, one in enumerate(sparsifiers):
+        if not 0 < one.density < 1 or one.kind in ("random", "ranked"):
+            continue
+        stays = int(one.density * size)
+        top = min(int(one.gamma * size), size - stays)  # the density goes first
+        wanted = {"cut": max(1, stays)} if one.kind == "magnitude" else {"cut": stays and top + stays, "outliers": top}
+        ranks |= {(number, which): rank for which, rank in wanted.items() if rank}
+
+    def of_ranks(tile: Box) -> list[torch.Tensor]:
+        deltas = [*read(tile)]
+        return [deltas[number] for number, _ in ranks]
+
+    cuts = find_cuts(of_ranks, shape, tiles, [*ranks.values()], spread) if ranks else []
+    known = dict(zip(ranks, cuts, strict=True))
+    return [Kept(cut=known.get((at, "cut")), outliers=known.get((at, "outliers"))) for at in range(len(sparsifiers))]
 
 
 def keep(
@@ -106,10 +135,14 @@ def keep(
         assert kept.cut is not None, "a cut was not collected"
         found = trim(delta, kept.cut, shape, box)
         return found if kept.outliers is None else found - trim(delta, kept.outliers, shape, box)
-    # Below zero where it stays; the sign, spread over all bits, is the mask. (torch.where takes five times as long.)
-    over = uniform_at(f"{sparsifier.key}/{name}", box)
-    over -= chances(delta, sparsifier) if sparsifier.kind == "ranked" else sparsifier.density
-    mask = over.view(torch.int32).bitwise_right_shift_(31)
+    if sparsifier.kind == "random":
+        # Chances in steps of 2^-16: half the random bits, and nobody can tell a density from the next of these.
+        bound = min(math.ceil(sparsifier.density * 65536), 65535)
+        stays = half_words_at(f"{sparsifier.key}/{name}", box) < np.uint16(bound)
+    else:
+        stays = (uniform_at(f"{sparsifier.key}/{name}", box) < chances(delta, sparsifier)).numpy()
+    # All bits of an element or none of them. (torch.where takes ten times as long.)
+    mask = torch.from_numpy(np.negative(stays.view(np.int8))).to(torch.int32)
     return mask.bitwise_and_(delta.view(torch.int32)).view(torch.float32)
 
 

@@ -60,6 +60,8 @@ class Stack:
     reads: Reads
     inner: Mapping[Operand, Any]
     seed: int
+    check: bool
+    """Whether all values have to be looked at: one that is not finite may be lost on the way to the merged ones."""
 
     @property
     def tiles(self) -> Sequence[Box]:
@@ -80,13 +82,21 @@ class Stack:
         """Return what the random numbers of a model depend on beside tensor and element."""
         return f"{self.seed}/{self.reads.identity(self.order.operands[number].model)}"
 
+    def look_at(self, boxes: Sequence[Box]) -> None:
+        """Refuse a value that is not finite in what the tensor is made from; with the model's name."""
+        for operand in (*self.order.operands, *([self.order.base] if self.order.base else []), *self.order.fishers):
+            for box in boxes:
+                self.reads.fresh(operand, box, self.inner[operand])
+
     def error(self, problem: str) -> InputError:
         return InputError(f"{self.name}: {problem}")
 
     def value(self, number: int, box: Box) -> torch.Tensor:
         """Return a box of a model in float32; not to be changed."""
-        operand = self.order.operands[number]
-        return self.reads.read(self.name, operand, box, self.inner[operand])
+        return self._read(self.order.operands[number], box)
+
+    def _read(self, operand: Operand, box: Box) -> torch.Tensor:
+        return self.reads.read(self.name, operand, box, self.inner[operand], check=self.check)
 
     def values(self, box: Box) -> list[torch.Tensor]:
         return [self.value(number, box) for number in range(self.count)]
@@ -94,11 +104,11 @@ class Stack:
     def base(self, box: Box) -> torch.Tensor:
         """Return a box of the base in float32; not to be changed."""
         assert self.order.base is not None, f"{self.name} has no base"
-        return self.reads.read(self.name, self.order.base, box, self.inner[self.order.base])
+        return self._read(self.order.base, box)
 
     def fishers(self, box: Box) -> list[torch.Tensor]:
         """Return a box of each model's diagonal Fisher in float32; not to be changed."""
-        return [self.reads.read(self.name, one, box, self.inner[one]) for one in self.order.fishers]
+        return [self._read(one, box) for one in self.order.fishers]
 
     def whole(self, operand: Operand) -> torch.Tensor:
         """Return a whole tensor in float32: for methods whose working set is a matrix."""
@@ -113,7 +123,8 @@ class Stack:
 
     def _delta(self, operand: Operand, box: Box) -> torch.Tensor:
         def make() -> torch.Tensor:
-            return self.reads.read(self.name, operand, box, self.inner[operand]) - self.base(box)
+            known = self.inner[operand]
+            return self.reads.less(self.name, operand, self.base(box), box, known, check=self.check)
 
         return self.reads.once_a_box(self.name, box, (operand, self.order.base), make)
 
@@ -127,15 +138,21 @@ class Stack:
     def _pair(self, number: int) -> tuple[Operand, Operand | None]:
         return self.order.operands[number], self.order.base
 
-    def collect_kept(self, number: int, sparsifier: Sparsifier, spread: Map) -> Kept:
-        """Find what a sparsifier needs to know of a model's task vector."""
-
-        def make() -> Kept:
-            return sparsify.collect(
-                sparsifier, self.name, lambda box: self.delta(number, box), self.shape, self.tiles, spread
-            )
-
-        return self.reads.once_a_tensor(self.name, (*self._pair(number), sparsifier), make)
+    def collect_kept(self, sparsifiers: Sequence[Sparsifier], spread: Map) -> list[Kept]:
+        """Find what the models' sparsifiers need to know of their task vectors, of all in one pass."""
+        keys = [(*self._pair(number), one) for number, one in enumerate(sparsifiers)]
+        known = self.reads.of_tensor(self.name)
+        left = [number for number, key in enumerate(keys) if key not in known]
+        found = sparsify.collect(
+            [sparsifiers[number] for number in left],
+            self.name,
+            lambda box: (self.delta(number, box) for number in left),
+            self.shape,
+            self.tiles,
+            spread,
+        )
+        known.update(zip([keys[number] for number in left], found, strict=True))
+        return [known[key] for key in keys]
 
     def kept(self, number: int, sparsifier: Sparsifier, kept: Kept, box: Box) -> torch.Tensor:
         """Return a box of a sparse task vector, not yet times `kept.factor`; not to be changed."""
@@ -170,7 +187,7 @@ class Stack:
             size = math.prod(self.shape[:-1]) if along == "rows" else self.shape[-1]
 
         def products(tile: Box) -> tuple[slice, np.ndarray]:
-            vectors = [self.reads.read(self.name, one, tile, self.inner[one]) for one in asked]
+            vectors = [self._read(one, tile) for one in asked]
             if of != "directions":
                 vectors = [self.base(tile), *vectors]
             elif self.order.base is not None:
@@ -183,6 +200,9 @@ class Stack:
             total = np.zeros((size, count, count))
             for part, found in spread(products, self.tiles):
                 total[part] += found
+            if not np.isfinite(total).all():
+                self.look_at(self.tiles)
+                raise self.error("its values are too large for inner products in float32")
             return total
 
         total = self.reads.once_a_tensor(self.name, ("gram", of, along, asked, self.order.base), make)

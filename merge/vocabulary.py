@@ -146,15 +146,15 @@ class AlignedSource(Wrapped):
             return inner, None
         dtype, width = self._wide(name), self.infos[name].shape[1]
 
-        def added_up(box: Box) -> torch.Tensor:
+        def added_up(box: Box) -> np.ndarray:
             values = torch.empty(box_shape(box), dtype=dtype)
             self._read_tokens(name, box, values, inner)
-            return values[torch.from_numpy(named[box[0]])].double().sum(0)
+            return values[torch.from_numpy(named[box[0]])].double().sum(0).numpy()
 
         total = torch.zeros(width, dtype=torch.float64)
         tiles = row_major_tiles((len(named), width))
         for box, part in zip(tiles, spread(added_up, tiles), strict=True):
-            total[box[1]] += part
+            total[box[1]] += torch.from_numpy(part)
         return inner, (total / int(named.sum())).to(dtype)
 
     def _owners(self, name: str) -> dict[str, str]:

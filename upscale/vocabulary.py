@@ -102,16 +102,16 @@ class VocabularySource(Wrapped):
             return stats, None
         slot, dtype = self._mean_of(name), self._wide(name)
 
-        def added_up(box: Box) -> torch.Tensor:
+        def added_up(box: Box) -> np.ndarray:
             values = torch.empty(box_shape(box), dtype=dtype)
             self.source.read(name, box, {slot: values}, stats)
-            return values.double().sum(0)
+            return values.double().sum(0).numpy()
 
         count, width = self.source.infos[name].shape
         total = torch.zeros(width, dtype=torch.float64)
         tiles = self.source.tiles(name)
         for box, part in zip(tiles, spread(added_up, tiles), strict=True):
-            total[box[1]] += part
+            total[box[1]] += torch.from_numpy(part)
         return stats, (total / count).to(dtype)
 
     def _mean_of(self, name: str) -> Slot:

@@ -12,7 +12,7 @@ from checkpoint.source import Source, read_tensor
 from merge.merge import MergedSource, merge
 from merge.statistics_files import digest
 from merge.table import METHODS
-from upscale.split import uniform_at
+from upscale.split import half_words_at, uniform_at
 
 SEED = 7
 # method, models, with a base, weights, other parameters; all that change the outcome, in one way or another
@@ -87,7 +87,12 @@ def oracle(
     tensors = [read_tensor(one, name).double().numpy() for one in (base, *others)]
     if method.startswith(("dare", "della")):
         box = tuple(slice(0, size) for size in tensors[0].shape)
-        given["uniform"] = lambda number: uniform_at(f"{SEED}/{digest(others[number])}/{name}", box).numpy()
+
+        def uniform(number: int) -> np.ndarray:
+            key = f"{SEED}/{digest(others[number])}/{name}"
+            return half_words_at(key, box) / 65536 if method.startswith("dare") else uniform_at(key, box).numpy()
+
+        given["uniform"] = uniform
     if method == "tsv":
         given["matrix"] = name == MATRIX
     return ORACLES[method](tensors[0] if based else None, tensors[1:], **given)
