@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from rich.console import Console
@@ -108,8 +109,20 @@ class Took:
     """MiB at most."""
 
 
+def anonymous(pid: int) -> int:
+    """Return KiB of a process and those that it has started; what they share is counted once."""
+    total = 0
+    try:
+        for one in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+    except (OSError, psutil.NoSuchProcess):  # one of them has just ended
+        return 0
+    return total
+
+
 def run(command: list[str], **environment: str) -> Took:
-    """Run a command and measure it and its threads."""
+    """Run a command and measure it and the processes that it starts."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
@@ -117,13 +130,8 @@ def run(command: list[str], **environment: str) -> Took:
     most, stop = [0], threading.Event()
 
     def watch() -> None:
-        status = Path(f"/proc/{process.pid}/status")
-        while not stop.wait(0.02):
-            try:
-                lines = status.read_text().splitlines()
-            except OSError:
-                return
-            most[0] = max([most[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+        while not stop.wait(0.2):
+            most[0] = max(most[0], anonymous(process.pid))
 
     threading.Thread(target=watch, daemon=True).start()
     _, errors = process.communicate()

@@ -164,7 +164,8 @@ def _member(work: Callable[[Member], None], number: int, count: int, end: Connec
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except Exception as error:
-            error.add_note(traceback.format_exc())
+            if not isinstance(error, InputError):
+                error.add_note(traceback.format_exc())
             try:
                 end.send(("failed", error))
             except (pickle.PicklingError, TypeError, AttributeError):

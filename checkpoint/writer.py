@@ -39,8 +39,8 @@ class Output:
     to tell sources apart for an interrupted call to be gone on with; without it all is written anew."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Further files (a tokenizer, say) by relative name."""
-    whole: bool = False
-    """Its source makes whole tensors in memory, once for all: workers are threads then."""
+    one_process: bool = False
+    """Its source is on a GPU, or makes whole tensors in memory, once for all: workers are threads then."""
 
 
 def write_checkpoint(
@@ -207,7 +207,7 @@ def _write_file(jobs: Sequence[_Job], number: int, workers: int) -> None:
                 noted = time.monotonic()
 
         sources = [job.plans[number].source or job.output.source for job in jobs]
-        together = any(job.output.whole for job in jobs)
+        together = any(job.output.one_process for job in jobs)
         fill(sources, fragments[0], handles, workers=workers, together=together, first=first, done=done)
         for handle in handles:
             os.fsync(handle)

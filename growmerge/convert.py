@@ -156,7 +156,7 @@ def write_target(
     parents: Sequence[Mapping[str, Any]],
     inputs: Sequence[Path],
     files: Mapping[str, bytes],
-    whole: bool = False,
+    one_process: bool = False,
 ) -> str:
     """Write a source where it goes, unless it is there; return what is said of it. Arguments as of `planned`.
 
@@ -166,7 +166,7 @@ def write_target(
     folder = target.folder
 
     def plan() -> tuple[Output | None, Layout]:
-        return planned(source, target, made=made, parents=parents, inputs=inputs, files=files, whole=whole)
+        return planned(source, target, made=made, parents=parents, inputs=inputs, files=files, one_process=one_process)
 
     if plan()[0] is None:
         return f"nothing to do: {folder} is there and whole"
@@ -214,7 +214,7 @@ def planned(
     parents: Sequence[Mapping[str, Any]],
     inputs: Sequence[Path],
     files: Mapping[str, bytes],
-    whole: bool = False,
+    one_process: bool = False,
 ) -> tuple[Output | None, Layout]:
     """Return what is to be written, and how; nothing if it is there.
 
@@ -223,7 +223,7 @@ def planned(
         parents: records of the checkpoints that it is made from.
         inputs: their folders.
         files: further files, by name.
-        whole: as in Output.
+        one_process: as in Output.
 
     Raises:
         InputError: the target is taken; an unknown format or dtype.
@@ -259,7 +259,7 @@ def planned(
     others = [path for path in folder.iterdir() if path.name != LEASE] if folder.is_dir() else []
     if others and not (folder / PROGRESS).is_file():
         raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
-    return Output(source=source, folder=folder, about=about, files=files, whole=whole), layout
+    return Output(source=source, folder=folder, about=about, files=files, one_process=one_process), layout
 
 
 def fingerprint(folder: Path) -> str:

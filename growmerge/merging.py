@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoint import manifest
 from checkpoint.files import read_json
 from checkpoint.lora import apply_lora
@@ -101,12 +103,18 @@ class Models:
 
 
 def apply_file(
-    path: Path, *, seed: int | None = None, lenient: bool = False, allow_unrelated: bool = False
+    path: Path,
+    *,
+    seed: int | None = None,
+    lenient: bool = False,
+    allow_unrelated: bool = False,
+    device: str = "cpu",
 ) -> tuple[Applied, Models]:
     """Read a recipe and open its models.
 
     Args:
         seed: of methods that draw random numbers, instead of the recipe's; 0 if neither gives one.
+        device: where values are merged, as torch names it.
 
     Raises:
         InputError: anything wrong with it, with its line.
@@ -120,10 +128,26 @@ def apply_file(
         place=models.place_also,
         seed=recipe.seed or 0 if seed is None else seed,
         allow_unrelated=allow_unrelated,
+        device=checked_device(device),
     )
     models.recipe = applied.recipe
     notes = (*applied.merged.notes, *(f"{path}:{recipe.slices[0].line}: {note}" for note in different_words(models)))
     return replace(applied, merged=replace(applied.merged, notes=notes)), models
+
+
+def checked_device(name: str) -> str:
+    """Return the name of a device.
+
+    Raises:
+        InputError: there is none of it here.
+    """
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: allowed are cpu and cuda, and a number behind it as in cuda:1")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]})") from None
+    return name
 
 
 def different_words(models: Models) -> list[str]:
@@ -166,7 +190,7 @@ def written_of(applied: Applied, models: Models, target: Target, more: Mapping[s
         "parents": parents,
         "inputs": [*(folder for name in recipe.models for folder in models.folders[name]), *models.statistics],
         "files": {**files_beside(applied, models, target), **more},
-        "whole": METHODS[recipe.method].whole_matrix,
+        "one_process": METHODS[recipe.method].whole_matrix or applied.merged.reads.device.type != "cpu",
     }
 
 

@@ -10,7 +10,7 @@ from checkpoint.files import write_bytes, write_json
 from checkpoint.layout import Layout
 from checkpoint.writer import Output, write_checkpoints
 from growmerge.convert import Target, held, planned
-from growmerge.merging import Models, different_words, written_of
+from growmerge.merging import Models, checked_device, different_words, written_of
 from growmerge.places import is_folder, parts_of
 from merge.apply import Applied, apply_recipe
 from merge.reads import Reads
@@ -26,13 +26,21 @@ INDEX = "sweep.json"
 
 
 def sweep_file(
-    path: Path, target: Target, *, seed: int | None, allow_unrelated: bool, recipes_only: bool, dry_run: bool
+    path: Path,
+    target: Target,
+    *,
+    seed: int | None,
+    allow_unrelated: bool,
+    device: str,
+    recipes_only: bool,
+    dry_run: bool,
 ) -> Iterator[str]:
     """Do what a spec asks for; yield what is said of it.
 
     Args:
         target: how the models are written; its folder is the folder of all of them.
         seed: instead of the spec's.
+        device: where values are merged, as torch names it.
         recipes_only: write each one's recipe instead of the model.
 
     Raises:
@@ -41,7 +49,7 @@ def sweep_file(
     sweep = read_sweep(path)
     seed = sweep.seed or 0 if seed is None else seed
     for group in sweep.groups:
-        applied, models = _applied(sweep, group, seed, allow_unrelated)
+        applied, models = _applied(sweep, group, seed, allow_unrelated, device)
         yield from dict.fromkeys(note for one in applied.values() for note in _notes(one))
         yield from (f"note: {sweep.file}: {note}" for note in different_words(models))
         if dry_run:
@@ -60,7 +68,7 @@ def sweep_file(
 
 
 def _applied(
-    sweep: Sweep, group: Sequence[Merge], seed: int, allow_unrelated: bool
+    sweep: Sweep, group: Sequence[Merge], seed: int, allow_unrelated: bool, device: str
 ) -> tuple[dict[str, Applied], Models]:
     """Open what a group shares, once, and apply each recipe to it."""
     recipes = {merge.name: parse_recipe(merge.recipe(), sweep.file.parent / f"{merge.name}.yml") for merge in group}
@@ -73,7 +81,8 @@ def _applied(
             raise InputError(f"{sweep.file}: {name}: {error}") from error
     labels = [*opened]
     merged = {one.model for recipe in recipes.values() for part in recipe.slices for one in part.inputs}
-    reads = Reads([*opened.values()], labels, [number for number, name in enumerate(labels) if name in merged])
+    together = [number for number, name in enumerate(labels) if name in merged]
+    reads = Reads([*opened.values()], labels, together, checked_device(device))
     applied = {}
     for name, recipe in recipes.items():
         try:

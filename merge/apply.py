@@ -41,6 +41,7 @@ def apply_recipe(
     align: Align | None = None,
     place: Place = Path,
     seed: int = 0,
+    device: str = "cpu",
     allow_unrelated: bool = False,
     reads: Reads | None = None,
 ) -> Applied:
@@ -50,6 +51,7 @@ def apply_recipe(
         reads: models that several merges share, by what the recipes call them; instead of a reading of its own.
         place: from a folder that the recipe names, of statistics or of a training run, to where it lies.
         seed: of methods that draw random numbers.
+        device: where values are merged, as torch names it.
         allow_unrelated: merge models that are known not to stem from the base, too.
 
     Raises:
@@ -71,7 +73,7 @@ def apply_recipe(
             check_meaning(name, source, first, models[first], but=but)
         except InputError as error:
             raise InputError(f"{recipe.file}:{recipe.line_of(name)}: {error}") from error
-    reads = Reads(sources, [*models]) if reads is None else reads
+    reads = Reads(sources, [*models], device=device) if reads is None else reads
     numbers = {name: reads.labels.index(name) for name in models}
     sources = [*reads.sources]
     resolved = resolve(recipe, numbers, sources)

@@ -82,13 +82,13 @@ def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
     return Runner(merge=merge, collect=collect if kind else None, drops=kind is not None)
 
 
-def _along(coefficients: np.ndarray, box: Box, along: str) -> list[float | torch.Tensor]:
+def _along(stack: Stack, coefficients: np.ndarray, box: Box, along: str) -> list[float | torch.Tensor]:
     """Return the factor of each model in a box, from coefficients [models] or [rows or columns, models]."""
     if coefficients.ndim == 1:
         return [float(one) for one in coefficients]
     if len(box) < 2:
         return [float(one) for one in coefficients[0]]
-    part = torch.from_numpy(coefficients[box[0] if along == "rows" else box[-1]]).float()
+    part = torch.from_numpy(coefficients[box[0] if along == "rows" else box[-1]]).float().to(stack.reads.device)
     return [one[:, None] if along == "rows" else one for one in part.unbind(-1)]
 
 
@@ -97,7 +97,7 @@ def slerp_stats(stack: Stack, spread: Map) -> np.ndarray:
 
 
 def slerp(stack: Stack, box: Box, stats: np.ndarray) -> torch.Tensor:
-    return methods.weighted_sum([stack.base(box), stack.value(0, box)], _along(stats, box, "all"))
+    return methods.weighted_sum([stack.base(box), stack.value(0, box)], _along(stack, stats, box, "all"))
 
 
 def _sides(stack: Stack) -> Any:
@@ -117,7 +117,7 @@ def _combined(stack: Stack, box: Box, factors: Sequence[float | torch.Tensor]) -
 
 
 def nuslerp(stack: Stack, box: Box, stats: np.ndarray) -> torch.Tensor:
-    return _combined(stack, box, _along(stats, box, _sides(stack)))
+    return _combined(stack, box, _along(stack, stats, box, _sides(stack)))
 
 
 def multislerp_stats(stack: Stack, spread: Map) -> np.ndarray | None:
@@ -133,7 +133,7 @@ def multislerp_stats(stack: Stack, spread: Map) -> np.ndarray | None:
 
 
 def multislerp(stack: Stack, box: Box, stats: np.ndarray | None) -> torch.Tensor:
-    return stack.value(0, box) if stats is None else _combined(stack, box, _along(stats, box, "all"))
+    return stack.value(0, box) if stats is None else _combined(stack, box, _along(stack, stats, box, "all"))
 
 
 def karcher_stats(stack: Stack, spread: Map) -> np.ndarray | None:
@@ -149,7 +149,7 @@ def stock_stats(stack: Stack, spread: Map) -> np.ndarray:
 
 def stock(stack: Stack, box: Box, stats: np.ndarray) -> torch.Tensor:
     share = (stats / stack.count)[..., None]
-    return _combined(stack, box, _along(np.repeat(share, stack.count, axis=-1), box, "rows"))
+    return _combined(stack, box, _along(stack, np.repeat(share, stack.count, axis=-1), box, "rows"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,8 @@ def ram_stats(stack: Stack, spread: Map) -> list[float]:
         active = torch.stack([delta.abs() > shared["epsilon"] for delta in stack.deltas(tile)])
         alone = active.sum(dim=0) == 1
         mine = active & alone
-        return np.stack([(active & ~alone).flatten(1).sum(dim=1).numpy(), mine.flatten(1).sum(dim=1).numpy()])
+        counts = torch.stack([(active & ~alone).flatten(1).sum(dim=1), mine.flatten(1).sum(dim=1)])
+        return counts.cpu().numpy()
 
     common, unique = sum(spread(counts, stack.tiles), np.zeros((2, stack.count)))
     ratio = common / unique.clip(min=shared["epsilon"])

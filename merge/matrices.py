@@ -7,6 +7,7 @@ and rounded once to float32; a merged matrix is held as long as it is written.
 from collections.abc import Iterable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from checkpoint.source import Box, Map
@@ -59,30 +60,27 @@ def regmean(
         away = tensor - first
         total += scaled
         mean.add_(away, alpha=weight)
-        _all(spread(partial(_multiply, right, away, scaled), blocks))
+        for rows, part in zip(blocks, spread(partial(_product, away, scaled), blocks), strict=True):
+            right[rows] += torch.from_numpy(part)
     assert first is not None, "no models"
     unused = total.diagonal() == 0
     total.diagonal()[unused] = 1
-    (factor,) = spread(torch.linalg.cholesky, [total])
-    _all(spread(partial(_solve, right, factor), blocks))
+    factor = torch.linalg.cholesky(total)
+    for rows, part in zip(blocks, spread(partial(_solution, right, factor), blocks), strict=True):
+        right[rows] = torch.from_numpy(part)
     right[:, unused] = mean[:, unused] / sum(weights)
     return right.add_(first).float()
 
 
-def _multiply(right: torch.Tensor, away: torch.Tensor, gram: torch.Tensor, rows: slice) -> None:
-    right[rows].addmm_(away[rows], gram)
+def _product(away: torch.Tensor, gram: torch.Tensor, rows: slice) -> np.ndarray:
+    return (away[rows] @ gram).numpy()
 
 
-def _solve(right: torch.Tensor, factor: torch.Tensor, rows: slice) -> None:
-    right[rows] = torch.cholesky_solve(right[rows].T, factor).T
+def _solution(right: torch.Tensor, factor: torch.Tensor, rows: slice) -> np.ndarray:
+    return torch.cholesky_solve(right[rows].T, factor).T.numpy()
 
 
-def _all(work: Iterable[None]) -> None:
-    for _ in work:
-        pass
-
-
-Singular = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Singular = tuple[torch.Tensor, ...]
 """U [O, k], s [k], V^T [k, I]."""
 
 
@@ -157,11 +155,12 @@ def tsv_stats(stack: Stack, spread: Map) -> torch.Tensor | None:
     assert stack.order.base is not None, f"{stack.name} has no base"
     base = stack.whole(stack.order.base).double()
 
-    def part(number: int) -> Singular:
-        return singular(stack.whole(stack.order.operands[number]) - base, rank)
+    def part(number: int) -> tuple[np.ndarray, ...]:
+        found = singular(stack.whole(stack.order.operands[number]) - base, rank)
+        return tuple(one.numpy() for one in found)
 
-    (total,) = spread(tsv, [list(spread(part, range(stack.count)))])
-    return total.mul_(stack.order.shared["lambda"]).add_(base).float()
+    parts = [tuple(map(torch.from_numpy, one)) for one in spread(part, range(stack.count))]
+    return tsv(parts).mul_(stack.order.shared["lambda"]).add_(base).float()
 
 
 def tsv_box(stack: Stack, box: Box, stats: torch.Tensor | None) -> torch.Tensor:

@@ -30,8 +30,16 @@ class Operand:
 class Reads:
     """Models that are read together, box by box."""
 
-    def __init__(self, sources: Sequence[Source], labels: Sequence[str], together: Sequence[int] = ()) -> None:
-        """Take the models, what messages call them, and the numbers of those of which a sweep merges subsets."""
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        labels: Sequence[str],
+        together: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Take the models, what messages call them, the numbers of those of which a sweep merges subsets, and where it
+        is computed."""
+        self.device = torch.device(device)
         self.together = tuple(together)
         self.sources = tuple(sources)
         self.labels = tuple(labels)
@@ -44,7 +52,7 @@ class Reads:
         """Return a reading of more models behind these; this one, shared as it may be, if there are none."""
         if not sources:
             return self
-        return Reads((*self.sources, *sources), (*self.labels, *labels), self.together)
+        return Reads((*self.sources, *sources), (*self.labels, *labels), self.together, self.device)
 
     def identity(self, number: int) -> str:
         """Return what a model is known by in random numbers' keys: its weights, wherever it lies in whatever format."""
@@ -106,7 +114,7 @@ class Reads:
         return self.fresh(operand, box, stats, check=check).sub_(base) if known is None else known - base
 
     def fresh(self, operand: Operand, box: Box, stats: Any, *, check: bool = True) -> torch.Tensor:
-        """Return a box of a tensor in float32, which nobody else has.
+        """Return a box of a tensor in float32, which nobody else has, on the device.
 
         Args:
             check: whether its values have to be finite.
@@ -119,7 +127,7 @@ class Reads:
         if check and not all_finite(tensor):
             who = self.labels[operand.model]
             raise InputError(f"{who}: {operand.name} holds a value that is not finite; such a model cannot be merged")
-        return tensor
+        return tensor.to(self.device)
 
 
 def all_finite(values: torch.Tensor) -> bool:

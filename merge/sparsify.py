@@ -135,14 +135,14 @@ def keep(
         assert kept.cut is not None, "a cut was not collected"
         found = trim(delta, kept.cut, shape, box)
         return found if kept.outliers is None else found - trim(delta, kept.outliers, shape, box)
+    key = f"{sparsifier.key}/{name}"
     if sparsifier.kind == "random":
         # Chances in steps of 2^-16: half the random bits, and nobody can tell a density from the next of these.
-        bound = min(math.ceil(sparsifier.density * 65536), 65535)
-        stays = half_words_at(f"{sparsifier.key}/{name}", box) < np.uint16(bound)
+        stays = half_words_at(key, box) < np.uint16(min(math.ceil(sparsifier.density * 65536), 65535))
     else:
-        stays = (uniform_at(f"{sparsifier.key}/{name}", box) < chances(delta, sparsifier)).numpy()
+        stays = (uniform_at(key, box).to(delta.device) < chances(delta, sparsifier)).cpu().numpy()
     # All bits of an element or none of them. (torch.where takes ten times as long.)
-    mask = torch.from_numpy(np.negative(stays.view(np.int8))).to(torch.int32)
+    mask = torch.from_numpy(np.negative(stays.view(np.int8))).to(delta.device).to(torch.int32)
     return mask.bitwise_and_(delta.view(torch.int32)).view(torch.float32)
 
 
@@ -153,8 +153,8 @@ def chances(delta: torch.Tensor, sparsifier: Sparsifier) -> torch.Tensor:
     """
     length = delta.shape[-1]
     order = magnitudes(delta).sort(dim=-1, descending=True, stable=True).indices
-    places = torch.empty_like(order).scatter_(-1, order, torch.arange(length).expand_as(order))
-    rank = 1 - places.float() / (length - 1) if length > 1 else torch.full(delta.shape, 0.5)
+    places = torch.empty_like(order).scatter_(-1, order, torch.arange(length, device=delta.device).expand_as(order))
+    rank = 1 - places.float() / (length - 1) if length > 1 else torch.full_like(delta, 0.5)
     return rank.mul_(2 * sparsifier.epsilon).add_(sparsifier.density - sparsifier.epsilon)
 
 

@@ -114,7 +114,7 @@ class Stack:
         """Return a whole tensor in float32: for methods whose working set is a matrix."""
         values = torch.empty(self.shape)
         for tile in self.tiles:
-            values[tile] = self.reads.fresh(operand, tile, self.inner[operand])
+            values[tile] = self.reads.fresh(operand, tile, self.inner[operand]).cpu()
         return values
 
     def delta(self, number: int, box: Box) -> torch.Tensor:
@@ -234,5 +234,5 @@ def _inner(vectors: Sequence[torch.Tensor], along: str) -> np.ndarray:
                 pairs[i, j] = product.sum(dim=1 if along == "rows" else 0, dtype=torch.float64)
     found = np.zeros((len(pairs[0, 0]), count, count))
     for (i, j), values in pairs.items():
-        found[:, i, j] = found[:, j, i] = values.numpy()
+        found[:, i, j] = found[:, j, i] = values.cpu().numpy()
     return found

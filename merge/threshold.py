@@ -68,7 +68,7 @@ def _by_sample(
     step = max(1, sum(prod(_shape(tile)) for tile in chosen) // SAMPLE)
 
     def sample(tile: Box) -> list[np.ndarray]:
-        return [magnitudes(values).flatten()[::step].numpy().copy() for values in read(tile)]
+        return [magnitudes(values).flatten()[::step].cpu().numpy().copy() for values in read(tile)]
 
     samples = [np.concatenate(parts) for parts in zip(*_windows(sample, chosen, spread), strict=True)]
     bounds = [_bounds(values, count / size) for values, count in zip(samples, keep, strict=True)]
@@ -117,14 +117,26 @@ def _bounds(values: np.ndarray, share: float) -> tuple[int, int]:
 
 def _split(values: torch.Tensor, low: int, high: int) -> tuple[int, int, int, np.ndarray]:
     """Return how many magnitudes are above `high`, equal to it, equal to `low`, and the patterns between them."""
+    above, inside = (_between if values.device.type == "cpu" else _between_anywhere)(values, low, high)
+    highs = int(np.count_nonzero(inside == high))
+    lows = int(np.count_nonzero(inside == low)) if low != high else 0
+    return above, highs, lows, inside[(inside > low) & (inside < high)] if highs + lows < len(inside) else inside[:0]
+
+
+def _between(values: torch.Tensor, low: int, high: int) -> tuple[int, np.ndarray]:
+    """Return how many magnitudes are above `high`, and the patterns from `low` to `high`."""
     doubled = np.left_shift(values.flatten().numpy().view(np.uint32), np.uint32(1))  # without the sign
     above = int(np.count_nonzero(doubled > np.uint32(2 * high)))
     doubled -= np.uint32(2 * low)  # what is below wraps around: one comparison for both ends
     found = np.flatnonzero(doubled <= np.uint32(2 * (high - low)))  # a mask for an index takes twice as long
     inside = (doubled[found] >> np.uint32(1)).astype(np.int32) + np.int32(low)
-    highs = int(np.count_nonzero(inside == high))
-    lows = int(np.count_nonzero(inside == low)) if low != high else 0
-    return above, highs, lows, inside[(inside > low) & (inside < high)] if highs + lows < len(inside) else inside[:0]
+    return above, inside
+
+
+def _between_anywhere(values: torch.Tensor, low: int, high: int) -> tuple[int, np.ndarray]:
+    """Return the same of values on any device."""
+    bits = magnitudes(values)
+    return int((bits > high).sum()), bits[(bits >= low) & (bits <= high)].cpu().numpy()
 
 
 def _cut(
@@ -166,7 +178,7 @@ def _by_counting(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: S
 
     def ties(tile: Box) -> np.ndarray:
         found = zip(read(tile), patterns, strict=True)
-        return np.array([np.count_nonzero(magnitudes(values).numpy() == pattern) for values, pattern in found])
+        return np.array([torch.count_nonzero(magnitudes(values) == pattern).item() for values, pattern in found])
 
     equal = [*_windows(ties, tiles, spread)]
     return [
@@ -186,10 +198,10 @@ def trim(delta: torch.Tensor, cut: Cut, shape: Sequence[int], box: Box) -> torch
         if largest < 0:
             return delta
         return F.hardshrink(delta, float(np.int32(largest).view(np.float32)))
-    bits = magnitudes(delta).numpy()
+    bits = magnitudes(delta).cpu().numpy()
     index = np.ravel_multi_index(tuple(np.ogrid[box]), tuple(shape))
     stays = (bits > cut.pattern) | ((bits == cut.pattern) & (index <= cut.last))
-    return delta * torch.from_numpy(stays)
+    return delta * torch.from_numpy(stays).to(delta.device)
 
 
 def _ends(shape: Sequence[int], box: Box) -> tuple[int, int]:
@@ -202,7 +214,7 @@ def _ends(shape: Sequence[int], box: Box) -> tuple[int, int]:
 
 def _lows(values: torch.Tensor, where: int) -> np.ndarray:
     """Count the low bits of the magnitudes that lie in a bin."""
-    bits = magnitudes(values).flatten().numpy()
+    bits = magnitudes(values).flatten().cpu().numpy()
     found = bits[bits >> LOW == where]
     return np.bincount(found & ((1 << LOW) - 1), minlength=1 << LOW)
 
@@ -213,7 +225,7 @@ def magnitudes(values: torch.Tensor) -> torch.Tensor:
 
 
 def _count(values: torch.Tensor, bins: int) -> np.ndarray:
-    return torch.bincount(values.flatten(), minlength=bins).numpy()
+    return torch.bincount(values.flatten(), minlength=bins).cpu().numpy()
 
 
 def _windows(count: Callable[[Box], Counted], tiles: Sequence[Box], spread: Map) -> Iterator[Counted]:

@@ -485,6 +485,20 @@ def test_a_number_of_workers_that_makes_no_sense(models, workers):
     assert not (models / "out").exists()
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "meta", "gpu"])
+@pytest.mark.parametrize("verb", ["merge", "sweep"])
+def test_a_device_that_is_not_there(models, device, verb):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    if verb == "sweep":
+        (models / "recipe.yaml").write_text("models: {a: swe, b: est}\nmethods: {linear: {}}\n")
+    else:
+        recipe(models)
+    found = told(verb, "recipe.yaml", "out", "--device", device)
+    assert found.exit_code == 2 and found.stderr.splitlines()[-1].startswith(f"growmerge: --device {device}: ")
+    assert not (models / "out").exists()
+
+
 def test_a_finished_search_is_not_done_again_and_a_taken_folder_is_seen_before_it(models):
     write_texts(models)
     assert told("merge", recipe(models, SEARCH), "out").exit_code == 0

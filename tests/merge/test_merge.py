@@ -7,8 +7,10 @@ import torch
 from models import CONFIG, EMBEDDING, MATRIX, NORM, model
 from test_oracles import CASES, merged_of
 
+import checkpoint.blocks as blocks
 import merge.merge as merging
 import merge.stack as stack
+from checkpoint import manifest
 from checkpoint.memory import MemorySource
 from checkpoint.safetensors import SafetensorsLayout, open_safetensors
 from checkpoint.source import box_shape, read_tensor, row_major_tiles
@@ -27,6 +29,8 @@ def test_weights_are_1_by_default() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 def test_workers_and_boxes_do_not_matter(case, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 2**11)  # so that each of three processes has several
+    monkeypatch.setattr(manifest, "BLOCK", 2**11)
     monkeypatch.setattr(merging, "row_major_tiles", lambda shape: row_major_tiles(shape, 64))
     monkeypatch.setattr(stack, "row_major_tiles", lambda shape: row_major_tiles(shape, 64))
     hashes = set()
@@ -45,9 +49,8 @@ def test_workers_and_boxes_do_not_matter(case, tmp_path, monkeypatch) -> None:
             assert torch.equal(out, read_tensor(whole, name)[box])
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("method", ["dare_ties", "ties", "multislerp"])
-def test_workers_that_merge_a_block_do_not_wait_for_what_is_collected_for_the_next(method, tmp_path) -> None:
+def test_a_tensor_of_several_blocks_and_tiles(method, tmp_path) -> None:
     sources = [model(seed, vocab_size=400_000, num_hidden_layers=1) for seed in (0, 1, 2)]
     given = {"base": sources[0], "parameters": {} if method == "multislerp" else {"density": 0.5}}
     hashes = {

@@ -14,6 +14,7 @@ from models import model as plain_model
 from test_statistics import some_requests
 from tiny import tiny_model
 
+import checkpoint.blocks as blocks
 import merge.matrices as matrices
 import merge.merge as merging
 import merge.stack as stack
@@ -292,6 +293,8 @@ def test_workers_and_tiles_do_not_matter(by, untied, tmp_path, monkeypatch):
     for module in (merging, stack):
         monkeypatch.setattr(module, "row_major_tiles", lambda shape: row_major_tiles(shape, 64))
     monkeypatch.setattr(matrices, "ROWS", 16)
+    for module in (blocks, manifest):
+        monkeypatch.setattr(module, "BLOCK", 2**12)
     hashes = {
         write_checkpoint(by(untied), tmp_path / str(workers), SafetensorsLayout(), workers=workers)
         for workers in (1, 3)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import merge.threshold as threshold
 from checkpoint.source import Box, full_box, row_major_tiles
 from merge.threshold import Cut, find_cuts, trim
 
@@ -90,3 +91,14 @@ def test_few_counts_are_alive_at_a_time() -> None:
 @pytest.mark.parametrize("keep", [1, 9])
 def test_all_equal(keep: int) -> None:
     assert cuts([torch.full((3, 3), -2.0)], [keep], 2) == [Cut(pattern=0 if keep == 9 else 0x40000000, last=keep - 1)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0x7FFFFFFF), (0x3E000000, 0x3F800000), (0x3F000000, 0x3F000000), (0, 0)])
+def test_what_lies_between_is_the_same_on_any_device(low, high) -> None:
+    values = (torch.randn(300, 7, generator=torch.Generator().manual_seed(1)) * 8).round() / 8
+    values[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+    bits = [abs(int(one)) & 0x7FFFFFFF for one in values.abs().view(torch.int32).flatten()]
+    wanted = sum(one > high for one in bits), [one for one in bits if low <= one <= high]
+    for between in (threshold._between, threshold._between_anywhere):
+        above, inside = between(values, low, high)
+        assert (above, inside.tolist()) == wanted
