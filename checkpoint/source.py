@@ -25,7 +25,7 @@ SLOTS: tuple[Slot, ...] = ("weight", "master", "exp_avg", "exp_avg_sq")
 Box = tuple[slice, ...]
 """A rectangular piece of a tensor: one slice with start and stop a dim, in canonical coordinates."""
 
-TILE = 1 << 17
+TILE = 1 << 18
 """Elements in a tile at most: what fits a core's cache. Never a setting: results must not depend on it."""
 
 In = TypeVar("In")

@@ -60,15 +60,15 @@ class Runner:
 def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
     """Return how a method is run that sums sparse task vectors."""
 
-    def collect(stack: Stack, spread: Map) -> list[Kept]:
-        return stack.collect_kept(_sparsifiers(stack, kind), spread)
+    def collect(stack: Stack, spread: Map) -> list[tuple[Sparsifier, Kept]]:
+        sparsifiers = _sparsifiers(stack, kind)
+        return [*zip(sparsifiers, stack.collect_kept(sparsifiers, spread), strict=True)]
 
-    def merge(stack: Stack, box: Box, stats: Sequence[Kept] | None) -> torch.Tensor:
+    def merge(stack: Stack, box: Box, stats: Sequence[tuple[Sparsifier, Kept]] | None) -> torch.Tensor:
         deltas, factors = stack.deltas(box) if stats is None else [], None
         if stats is not None:
-            pairs = zip(_sparsifiers(stack, kind), stats, strict=True)
-            deltas = [stack.kept(number, one, kept, box) for number, (one, kept) in enumerate(pairs)]
-            factors = [kept.factor for kept in stats]
+            deltas = [stack.kept(number, one, kept, box) for number, (one, kept) in enumerate(stats)]
+            factors = [kept.factor for _, kept in stats]
         shared = stack.order.shared
         return combine(
             stack.base(box),

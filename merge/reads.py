@@ -3,8 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,9 +16,8 @@ KNOWN = 8
 """Tensors whose statistics are remembered: the writer asks for those of a block ahead."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Operand:
-    """A tensor that a merge reads."""
+class Operand(NamedTuple):
+    """A tensor that a merge reads. (A tuple: as a key it is looked up many times a box.)"""
 
     model: int
     """Number of the model among the sources."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from checkpoint.source import Box, Map, box_shape
+from checkpoint.streams import chosen_at, uniform_at
 from merge.threshold import Cut, find_cuts, magnitudes, trim
-from upscale.split import half_words_at, uniform_at
 
 SMALLEST = 1e-7
 """Sums of magnitudes below this are not brought back by rescaling."""
@@ -135,15 +135,18 @@ def keep(
         assert kept.cut is not None, "a cut was not collected"
         found = trim(delta, kept.cut, shape, box)
         return found if kept.outliers is None else found - trim(delta, kept.outliers, shape, box)
+    mask = _mask(sparsifier, name, delta, box)
+    return mask.bitwise_and_(delta.view(torch.int32)).view(torch.float32)
+
+
+def _mask(sparsifier: Sparsifier, name: str, delta: torch.Tensor, box: Box) -> torch.Tensor:
+    """Return all bits of an element or none of them, int32. (torch.where takes ten times as long.)"""
     key = f"{sparsifier.key}/{name}"
     if sparsifier.kind == "random":
-        # Chances in steps of 2^-16: half the random bits, and nobody can tell a density from the next of these.
-        stays = half_words_at(key, box) < np.uint16(min(math.ceil(sparsifier.density * 65536), 65535))
+        stays = chosen_at(key, box, sparsifier.density)
     else:
         stays = (uniform_at(key, box).to(delta.device) < chances(delta, sparsifier)).cpu().numpy()
-    # All bits of an element or none of them. (torch.where takes ten times as long.)
-    mask = torch.from_numpy(np.negative(stays.view(np.int8))).to(delta.device).to(torch.int32)
-    return mask.bitwise_and_(delta.view(torch.int32)).view(torch.float32)
+    return torch.from_numpy(np.negative(stays.view(np.int8))).to(delta.device).to(torch.int32)
 
 
 def chances(delta: torch.Tensor, sparsifier: Sparsifier) -> torch.Tensor:

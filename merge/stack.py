@@ -1,7 +1,7 @@
 """One tensor of all the models, as a method sees it: boxes of values and of task vectors, settings, statistics."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,7 +96,10 @@ class Stack:
         return self._read(self.order.operands[number], box)
 
     def _read(self, operand: Operand, box: Box) -> torch.Tensor:
-        return self.reads.read(self.name, operand, box, self.inner[operand], check=self.check)
+        known = self.inner[operand]
+        if self.reads.together or operand == self.order.base:  # what is asked for more than once
+            return self.reads.read(self.name, operand, box, known, check=self.check)
+        return self.reads.fresh(operand, box, known, check=self.check)
 
     def values(self, box: Box) -> list[torch.Tensor]:
         return [self.value(number, box) for number in range(self.count)]
@@ -126,7 +129,11 @@ class Stack:
             known = self.inner[operand]
             return self.reads.less(self.name, operand, self.base(box), box, known, check=self.check)
 
-        return self.reads.once_a_box(self.name, box, (operand, self.order.base), make)
+        return self._once_a_sweep(box, (operand, self.order.base), make)
+
+    def _once_a_sweep(self, box: Box, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what merges side by side ask for in turn; a single one asks once."""
+        return self.reads.once_a_box(self.name, box, key, make) if self.reads.together else make()
 
     def deltas(self, box: Box) -> list[torch.Tensor]:
         return [self.delta(number, box) for number in range(self.count)]
@@ -168,7 +175,7 @@ class Stack:
             delta -= self.reads.fresh(base, rows, self.inner[base])
             return sparsify.keep(sparsifier, self.name, delta, kept, self.shape, rows)[inside]
 
-        return self.reads.once_a_box(self.name, box, (*self._pair(number), sparsifier), make)
+        return self._once_a_sweep(box, (*self._pair(number), sparsifier), make)
 
     def gram(
         self,

@@ -22,7 +22,7 @@ LOW = 15
 """Bits of a pattern (31 without the sign) that the second of three passes counts."""
 WINDOW = 16
 """Tiles whose counts are held at once at most."""
-SAMPLE = 1 << 16
+SAMPLE = 1 << 15
 """Elements of a sample at least, as far as there are so many."""
 SIGMAS = 5.0
 """How far from the sample's k-th the tensor's may be, in standard deviations of its rank."""
@@ -70,8 +70,11 @@ def _by_sample(
     def sample(tile: Box) -> list[np.ndarray]:
         return [magnitudes(values).flatten()[::step].cpu().numpy().copy() for values in read(tile)]
 
-    samples = [np.concatenate(parts) for parts in zip(*_windows(sample, chosen, spread), strict=True)]
-    bounds = [_bounds(values, count / size) for values, count in zip(samples, keep, strict=True)]
+    def bounds_of(tiles: Sequence[Box]) -> list[tuple[int, int]]:
+        samples = [np.concatenate(parts) for parts in zip(*map(sample, tiles), strict=True)]
+        return [_bounds(values, count / size) for values, count in zip(samples, keep, strict=True)]
+
+    (bounds,) = spread(bounds_of, [chosen])  # by one for all: it is little
 
     def split(tile: Box) -> list[tuple[int, int, int, np.ndarray]]:
         return [_split(values, *ends) for values, ends in zip(read(tile), bounds, strict=True)]
@@ -88,7 +91,7 @@ def _by_sample(
     for model, (count, (low, high)) in enumerate(zip(keep, bounds, strict=True)):
         own = [tile[model] for tile in found]
         above, highs, lows = (sum(counts) for counts in zip(*(part[:3] for part in own), strict=True))
-        between = np.sort(np.concatenate([part[3] for part in own]))
+        between = np.concatenate([part[3] for part in own])
         left = count - above
         if left <= 0 or left > highs + len(between) + lows:
             return None
@@ -96,8 +99,8 @@ def _by_sample(
             pattern, equal = high, [part[1] for part in own]
         elif left <= highs + len(between):
             left -= highs
-            pattern = int(between[len(between) - left])
-            left -= len(between) - int(np.searchsorted(between, pattern, side="right"))
+            pattern = int(np.partition(between, len(between) - left)[len(between) - left])
+            left -= int(np.count_nonzero(between > pattern))
             equal = [int(np.count_nonzero(part[3] == pattern)) for part in own]
         else:
             left -= highs + len(between)
@@ -197,11 +200,19 @@ def trim(delta: torch.Tensor, cut: Cut, shape: Sequence[int], box: Box) -> torch
         largest = cut.pattern - (last <= cut.last)
         if largest < 0:
             return delta
-        return F.hardshrink(delta, float(np.int32(largest).view(np.float32)))
-    bits = magnitudes(delta).cpu().numpy()
-    index = np.ravel_multi_index(tuple(np.ogrid[box]), tuple(shape))
-    stays = (bits > cut.pattern) | ((bits == cut.pattern) & (index <= cut.last))
-    return delta * torch.from_numpy(stays).to(delta.device)
+        return _shrunk(delta, largest)
+    found = _shrunk(delta.contiguous(), cut.pattern)
+    tied = np.flatnonzero((magnitudes(delta) == cut.pattern).cpu().numpy())
+    places = np.unravel_index(tied, tuple(delta.shape))
+    index = np.ravel_multi_index([at + part.start for at, part in zip(places, box, strict=True)], tuple(shape))
+    stays = torch.from_numpy(tied[index <= cut.last]).to(delta.device)
+    found.view(-1)[stays] = delta.reshape(-1)[stays]
+    return found
+
+
+def _shrunk(delta: torch.Tensor, largest: int) -> torch.Tensor:
+    """Return a box with zeros for the magnitudes up to a pattern."""
+    return F.hardshrink(delta, float(np.int32(largest).view(np.float32)))
 
 
 def _ends(shape: Sequence[int], box: Box) -> tuple[int, int]:

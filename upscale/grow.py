@@ -26,6 +26,7 @@ from checkpoint.source import (
     box_shape,
     row_major_tiles,
 )
+from checkpoint.streams import normal_at, uniform_at
 from parallel.errors import InputError, one_of
 from parallel.families import NORMS, Family, Tensor
 from upscale.factors import AxisGrowth, Recipe, Run, axis_growths, divided_dim, grown_config
@@ -34,11 +35,9 @@ from upscale.split import (
     diagonal,
     exact_split,
     exact_split_master,
-    normal_at,
     rounded_in_turn,
     rounding_to,
     symmetric,
-    uniform_at,
     whole_to_one,
 )
 from upscale.state import Rule, rule_of

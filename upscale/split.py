@@ -1,17 +1,13 @@
-"""Share values among copies: pure functions on tensors, and the random numbers that they use.
+"""Share values among copies: pure functions on tensors.
 
 A linear layer whose input is n copies of x keeps its function if and only if the n blocks that replace its matrix W
 add up to W (HyperCloning, arXiv 2409.12903, section 3).
 """
 
-import hashlib
-import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-
-from checkpoint.source import Box
 
 SPREAD = 0.274
 """A share of two is uniform in 0.5 +- this: noise 10 dB below the signal (4 s^2 / 3 = 0.1), as in HyperCloning."""
@@ -144,61 +140,3 @@ def rounded_in_turn(values: torch.Tensor, copies: int, dtype: torch.dtype) -> li
         found.append((values + rest).to(dtype))
         rest = rest + (values - found[-1].float())
     return found
-
-
-def normal_at(key: str, box: Box) -> torch.Tensor:
-    """Return standard normal numbers of a stream in a box of a tensor (Box and Muller, 1958), as `uniform_at` does."""
-    radius = torch.log1p(-uniform_at(f"{key}/radius", box)).mul_(-2).sqrt_()
-    return radius * torch.cos(uniform_at(f"{key}/angle", box) * (2 * math.pi))
-
-
-def uniform_at(key: str, box: Box) -> torch.Tensor:
-    """Return the random numbers of a stream in a box of a tensor, float32 in [0, 1), in the box's shape.
-
-    A number depends on the key and its place alone: not on what else is read, or by how many workers.
-    """
-    words = _words_at(key, box)
-    words >>= np.uint32(8)
-    return torch.from_numpy(words.view(np.int32)).to(torch.float32).mul_(2.0**-24)
-
-
-def half_words_at(key: str, box: Box) -> np.ndarray:
-    """Return the random 16-bit numbers of a stream in a box of a tensor, uint16, in the box's shape.
-
-    As `uniform_at`, at half the price: two columns share a word, the first its low half.
-    """
-    first, last = box[-1].start, box[-1].stop
-    words = _words_at(key, (*box[:-1], slice(first // 2, (last + 1) // 2)))
-    return words.astype("<u4", copy=False).view("<u2")[..., first % 2 : first % 2 + last - first]
-
-
-def _words_at(key: str, box: Box) -> np.ndarray:
-    """Return the random 32-bit numbers of a stream in a box, uint32.
-
-    A row's key is splitmix64 of its number (Steele et al., OOPSLA 2014); the columns of a row are mixed in 32 bits,
-    eight at a time on most processors (the constants of `lowbias32`, C. Wellons, Prospecting for hash functions, 2018).
-    """
-    *outer, last = (np.arange(part.start, part.stop, dtype=np.uint64) for part in box)
-    rows = _mix64(outer[0] * _GOLDEN + _start(key)) if outer else _mix64(np.full(1, _start(key)))
-    mixed = (rows >> np.uint64(32)).astype(np.uint32)[:, None] ^ (last * _GOLDEN).astype(np.uint32)
-    shifted = np.empty_like(mixed)
-    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
-        mixed ^= np.right_shift(mixed, np.uint32(bits), out=shifted)
-        if factor > 1:
-            mixed *= np.uint32(factor)
-    return mixed if outer else mixed[0]
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _start(key: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
-
-
-def _mix64(mixed: np.ndarray) -> np.ndarray:
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    return mixed ^ mixed >> np.uint64(31)

@@ -9,10 +9,10 @@ from models import EMBEDDING, MATRIX, NORM, model
 from oracles import METHODS as ORACLES
 
 from checkpoint.source import Source, read_tensor
+from checkpoint.streams import chosen_at, uniform_at
 from merge.merge import MergedSource, merge
 from merge.statistics_files import digest
 from merge.table import METHODS
-from upscale.split import half_words_at, uniform_at
 
 SEED = 7
 # method, models, with a base, weights, other parameters; all that change the outcome, in one way or another
@@ -40,6 +40,7 @@ CASES = [
     ("ties", 3, True, [0.2, 0.5, 0.3], {"density": [0.5, 0.2, 0.01]}),
     ("ties", 2, True, [1.0, 1.0], {"normalize": False, "lambda": 0.5}),
     ("ties", 3, True, [1.0, -0.5, 0.25], {"density": [0.3, 0.0, 0.9], "rescale": True}),
+    ("ties", 3, True, [0.9, -0.5, 0.25], {"density": [0.5, 0.7, 0.9], "normalize": False}),
     ("dare_linear", 3, True, [0.3, 0.3, 0.3], {"density": [0.5, 0.1, 1.0]}),
     ("dare_ties", 3, True, [0.3, 0.5, 0.3], {"density": [0.5, 0.3, 0.9], "normalize": True}),
     ("dare_ties", 2, True, [1.0, 0.5], {"density": [0.5, 0.0], "rescale": False}),
@@ -90,7 +91,9 @@ def oracle(
 
         def uniform(number: int) -> np.ndarray:
             key = f"{SEED}/{digest(others[number])}/{name}"
-            return half_words_at(key, box) / 65536 if method.startswith("dare") else uniform_at(key, box).numpy()
+            if method.startswith("della"):
+                return uniform_at(key, box).numpy()
+            return np.where(chosen_at(key, box, parameters["density"][number]), 0.0, 1.0)  # below a density, or above
 
         given["uniform"] = uniform
     if method == "tsv":

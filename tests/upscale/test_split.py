@@ -1,4 +1,4 @@
-"""Shares add up to the value, bit for bit, in every dtype; random numbers depend on key and place alone."""
+"""Shares add up to the value, bit for bit, in every dtype."""
 
 from fractions import Fraction
 
@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from checkpoint.source import full_box
-from upscale.split import exact_split, exact_split_master, half_words_at, symmetric, uniform_at
+from checkpoint.streams import uniform_at
+from upscale.split import exact_split, exact_split_master, symmetric
 
-GOLDEN = 0x9E3779B97F4A7C15
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -96,42 +96,3 @@ def test_master_of_a_float32_weight_is_split_like_the_weight() -> None:
     weight = torch.randn(50, generator=torch.Generator().manual_seed(2))
     parts = split(weight, 3)
     assert all(map(torch.equal, exact_split_master(parts, weight, weight), parts))
-
-
-def test_uniform_is_a_mix_of_key_row_and_column() -> None:
-    """Against the generator's definition in plain integers."""
-    import hashlib
-
-    def word(key: str, row: int, column: int) -> int:
-        mixed = (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") + row * GOLDEN) % 2**64
-        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
-        low = (mixed ^ mixed >> 31) >> 32 ^ column * GOLDEN % 2**32
-        low = (low ^ low >> 16) * 0x7FEB352D % 2**32
-        low = (low ^ low >> 15) * 0x846CA68B % 2**32
-        return low ^ low >> 16
-
-    def number(key: str, row: int, column: int) -> float:
-        return (word(key, row, column) >> 8) / 2**24
-
-    rows, columns = slice(3, 7), slice(2**20, 2**20 + 5)
-    wanted = [[number("seed/name", row, column) for column in range(2**20, 2**20 + 5)] for row in range(3, 7)]
-    assert uniform_at("seed/name", (rows, columns)).tolist() == wanted
-    assert uniform_at("seed/name", (columns,)).tolist() == [number("seed/name", 0, c) for c in range(2**20, 2**20 + 5)]
-    assert uniform_at("seed/other", (rows, columns)).tolist() != wanted
-    for first, last in ((0, 4), (5, 9), (6, 11), (3, 4)):
-        halves = [word("seed/name", 2, column // 2) >> 16 * (column % 2) & 0xFFFF for column in range(first, last)]
-        assert half_words_at("seed/name", (slice(2, 3), slice(first, last))).tolist() == [halves]
-
-
-def test_uniform_numbers_are_uniform_and_apart() -> None:
-    many = uniform_at("a", (slice(0, 600), slice(0, 500)))
-    assert many.min() >= 0 and many.max() < 1 and many.mean().item() == pytest.approx(0.5, abs=0.003)
-    halves = torch.from_numpy(half_words_at("a", (slice(0, 600), slice(0, 500))) / 65536)
-    assert halves.mean().item() == pytest.approx(0.5, abs=0.003)
-    assert abs(torch.corrcoef(torch.stack([halves[:, ::2].flatten(), halves[:, 1::2].flatten()]))[0, 1]) < 0.01
-    counts = torch.histc(many, 100, 0, 1)
-    assert float(((counts - 3000) ** 2 / 3000).sum()) < 150  # chi-square, 99 degrees of freedom
-    for shift in (1, 2, 3):
-        for one, other in ((many[shift:], many[:-shift]), (many[:, shift:], many[:, :-shift])):
-            assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.01

@@ -1,0 +1,82 @@
+"""Random numbers by key and place: streams of which any part can be had alone, the same on any number of workers."""
+
+import functools
+import hashlib
+import math
+
+import numpy as np
+import torch
+
+from checkpoint.source import Box
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def normal_at(key: str, box: Box) -> torch.Tensor:
+    """Return standard normal numbers of a stream in a box of a tensor (Box and Muller, 1958), as `uniform_at` does."""
+    radius = torch.log1p(-uniform_at(f"{key}/radius", box)).mul_(-2).sqrt_()
+    return radius * torch.cos(uniform_at(f"{key}/angle", box) * (2 * math.pi))
+
+
+def uniform_at(key: str, box: Box) -> torch.Tensor:
+    """Return the random numbers of a stream in a box of a tensor, float32 in [0, 1), in the box's shape.
+
+    A number depends on the key and its place alone: not on what else is read, or by how many workers.
+    """
+    words = _words_at(key, box)
+    words >>= np.uint32(8)
+    return torch.from_numpy(words.view(np.int32)).to(torch.float32).mul_(2.0**-24)
+
+
+def chosen_at(key: str, box: Box, chance: float) -> np.ndarray:
+    """Return which elements of a box a stream chooses, each with a chance in (0, 1), bool, in the box's shape.
+
+    One random byte decides for all but one element of 256: four columns share a word, the first its lowest byte. Where
+    the byte is the one that the chance ends in, a number of a second stream does.
+    """
+    first, last = box[-1].start, box[-1].stop
+    words = _words_at(key, (*box[:-1], slice(first // 4, (last + 3) // 4)))
+    numbers = words.astype("<u4", copy=False).view(np.uint8)[..., first % 4 : first % 4 + last - first]
+    whole, rest = int(chance * 256), chance * 256 % 1
+    chosen = numbers < whole
+    if rest:
+        *rows, columns = (at + part.start for at, part in zip(np.nonzero(numbers == whole), box, strict=True))
+        found = _words(f"{key}/rest", rows[0] if rows else np.zeros(1, dtype=np.int64), columns)
+        chosen[numbers == whole] = found < rest * 2**32
+    return chosen
+
+
+def _words_at(key: str, box: Box) -> np.ndarray:
+    """Return the random 32-bit numbers of a stream in a box, uint32; a vector is the first row of a matrix."""
+    *rows, columns = (np.arange(part.start, part.stop) for part in box)
+    words = _words(key, (rows[0] if rows else np.zeros(1, dtype=np.int64))[:, None], columns)
+    return words if rows else words[0]
+
+
+def _words(key: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return the random 32-bit numbers of a stream at rows and columns, which broadcast, uint32.
+
+    A row's key is splitmix64 of its number (Steele et al., OOPSLA 2014); the columns of a row are mixed in 32 bits,
+    eight at a time on most processors (the constants of `lowbias32`, C. Wellons, Prospecting for hash functions, 2018).
+    """
+    keys = _mix64(rows.astype(np.uint64) * _GOLDEN + _start(key)) >> np.uint64(32)
+    mixed = keys.astype(np.uint32) ^ (columns.astype(np.uint64) * _GOLDEN).astype(np.uint32)
+    shifted = np.empty_like(mixed)
+    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        mixed ^= np.right_shift(mixed, np.uint32(bits), out=shifted)
+        if factor > 1:
+            mixed *= np.uint32(factor)
+    return mixed
+
+
+@functools.lru_cache(maxsize=1024)
+def _start(key: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
+
+
+def _mix64(mixed: np.ndarray) -> np.ndarray:
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    return mixed ^ mixed >> np.uint64(31)
