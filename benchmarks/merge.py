@@ -130,7 +130,7 @@ def run(command: list[str], **environment: str) -> Took:
     most, stop = [0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.2):
+        while not stop.wait(0.05):
             most[0] = max(most[0], anonymous(process.pid))
 
     threading.Thread(target=watch, daemon=True).start()

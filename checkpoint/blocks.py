@@ -7,9 +7,10 @@ hashes and writes: no byte is read again.
 
 import math
 import os
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ class Span:
     stop: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Bytes [begin, end) of the files, and the spans that have something of them."""
+
+    number: int
+    begin: int
+    end: int
+    spans: Sequence[Span]
+
+
 def fill(
     sources: Sequence[Source],
     fragments: Sequence[Fragment],
@@ -58,24 +69,24 @@ def fill(
     spans = sorted((_span(sources[0], fragment) for fragment in fragments), key=lambda span: span.start)
     starts = [span.start for span in spans]
     size = os.fstat(handles[0]).st_size
-    blocks = [(begin, min(begin + BLOCK, size)) for begin in range(first * BLOCK, size, BLOCK)]
+    blocks = []
+    for number, begin in enumerate(range(first * BLOCK, size, BLOCK)):
+        end = min(begin + BLOCK, size)
+        blocks.append(Block(number=number, begin=begin, end=end, spans=_within(spans, starts, begin, end)))
 
     def work(member: Member) -> None:
         known: list[dict[str, Any]] = [{} for _ in sources]
-        buffers = torch.empty(len(sources), max(2 * PIECE, BLOCK // len(sources) // PIECE * PIECE), dtype=torch.uint8)
-        at = 0
-        for number, (begin, end) in enumerate(blocks):
-            while at < len(spans) and spans[at].stop <= begin:
-                at += 1
-            part = spans[at : bisect_left(starts, end)]
-            names = dict.fromkeys(span.fragment.tensor for span in part)
+        for start in range(0, len(blocks), member.width):
+            part = blocks[start : start + member.width]  # one for each, once all that these need is known
             fresh: list[dict[str, Any]] = [{} for _ in sources]
-            for name in names:  # of one tensor all sources ask for much the same, one after the other
-                for source, stats, own in zip(sources, known, fresh, strict=True):
+            for name in dict.fromkeys(span.fragment.tensor for block in part for span in block.spans):
+                for source, stats, own in zip(sources, known, fresh, strict=True):  # they ask for much the same
                     own[name] = stats[name] if name in stats else source.collect(name, member.spread)
             known = fresh
-            if number % member.count == member.number:
-                member.tell((number, _block(sources, part, known, handles, begin, end, buffers)))
+            for found in member.share(partial(_fill_block, sources, known, handles), part):
+                member.tell(found)
+            if start // member.width % 16 == 15:
+                give_back_freed()
 
     ready: dict[int, list[str]] = {}
     told = 0
@@ -91,28 +102,31 @@ def fill(
     go_through(work, tell, members=members, threads=workers if together else 1)
 
 
+def _within(spans: Sequence[Span], starts: Sequence[int], begin: int, end: int) -> list[Span]:
+    """Return the spans, sorted by where they start, that have something of bytes [begin, end)."""
+    first = bisect_right(starts, begin) - 1
+    found = spans[max(0, first) : bisect_left(starts, end)]
+    return [span for span in found if span.stop > begin]
+
+
 def _span(source: Source, fragment: Fragment) -> Span:
     stop = math.prod(source.infos[fragment.tensor].shape) if fragment.stop is None else fragment.stop
     end = fragment.offset + (stop - fragment.start) * fragment.dtype.itemsize
     return Span(fragment=fragment, first=fragment.start, start=fragment.offset, stop=end)
 
 
-def _block(
-    sources: Sequence[Source],
-    spans: Sequence[Span],
-    stats: Sequence[Mapping[str, Any]],
-    handles: Sequence[int],
-    begin: int,
-    end: int,
-    buffers: torch.Tensor,
-) -> list[str]:
-    """Fill bytes [begin, end) of all files, write them, and return their checksums."""
-    piece = buffers.shape[1]
+def _fill_block(
+    sources: Sequence[Source], stats: Sequence[Mapping[str, Any]], handles: Sequence[int], block: Block
+) -> tuple[int, list[str]]:
+    """Fill a block of all files, write it, and return its number and checksums."""
+    begin, end = block.begin, block.end
+    piece = max(2 * PIECE, BLOCK // len(sources) // PIECE * PIECE)
+    buffers = torch.empty(len(sources), piece, dtype=torch.uint8)
     digests = [xxhash.xxh3_128() for _ in sources]
     for low in range(begin, end, piece):
         high = min(low + piece, end)
         filled = buffers[:, : high - low]
-        within = [span for span in spans if span.start < high and span.stop > low]
+        within = [span for span in block.spans if span.start < high and span.stop > low]
         if sum(min(span.stop, high) - max(span.start, low) for span in within) < high - low:
             for data, handle in zip(filled, handles, strict=True):
                 os.preadv(handle, [data.numpy()], low)  # headers, and gaps between records
@@ -123,9 +137,7 @@ def _block(
             _write_all(handle, memoryview(data.numpy()), low)
             # Linux starts to write what is advised so: the file's sync then finds little left to wait for.
             os.posix_fadvise(handle, low, high - low, os.POSIX_FADV_DONTNEED)
-    if begin % (16 * BLOCK) == 0:
-        give_back_freed()
-    return [digest.hexdigest() for digest in digests]
+    return block.number, [digest.hexdigest() for digest in digests]
 
 
 def _fill_span(

@@ -5,27 +5,45 @@ the interpreter's lock. Two made a merge no faster than one and took 40 % more C
 twice as fast.
 """
 
-import contextlib
+import copy
 import ctypes
 import multiprocessing
 import os
-import pickle
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 
 from checkpoint.source import In, Out
 from parallel.errors import InputError
+from parallel.memory import available_memory
 
+MOST = 256
+"""Members at most: each takes three of a process' files."""
+MEMORY = 1 << 29
+"""Bytes that a member of those that write checkpoints may want."""
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux."""
+
+
+def as_many_as_fit() -> int:
+    """Return as many members as this process may use cores, and there is memory for."""
+    return max(1, min(len(os.sched_getaffinity(0)), available_memory() // MEMORY, MOST))
+
+
+class Killed(InputError):
+    """A member was killed from outside: what is there may be gone on with."""
+
+
+class _Gone(Exception):
+    """Who waits for all has gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +56,15 @@ class Member:
     """Send the process that waits for all something."""
     exchange: Callable[[list[Any]], list[list[Any]]]
     """From what this member has found to what each has, in their order; called by all, as often and in one order."""
+
+    @property
+    def width(self) -> int:
+        """How many things are done at once, by all members."""
+        return self.count
+
+    def share(self, function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+        """Map a function over those of the items that are this member's."""
+        return map(function, items[self.number :: self.count])
 
     def spread(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
         """Map a function over items, each of which one member does; called by all in the same order.
@@ -57,10 +84,10 @@ def go_through(work: Callable[[Member], None], told: Callable[[Any], None], *, m
         work: what each does.
         told: called here with what members tell, in the order in which it arrives.
         members: processes; one does the work here.
-        threads: of one member: its `spread` uses them, and they share its memory.
+        threads: of one member: its `share` and `spread` use them, and they share its memory.
 
     Raises:
-        InputError: a member was killed.
+        Killed: a member was killed.
         Exception: the first that a member raised; the others are stopped.
     """
     if members > 1:
@@ -71,19 +98,25 @@ def go_through(work: Callable[[Member], None], told: Callable[[Any], None], *, m
     with ThreadPoolExecutor(max_workers=threads, initializer=_alone) as pool:
         _alone()
         try:
-            work(
-                _Single(number=0, count=1, tell=told, exchange=lambda mine: [mine], pool=pool if threads > 1 else None)
-            )
+            work(_Single(number=0, count=1, tell=told, exchange=lambda mine: [mine], pool=pool, threads=threads))
         finally:
             torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Single(Member):
-    pool: ThreadPoolExecutor | None
+    pool: ThreadPoolExecutor
+    threads: int
+
+    @property
+    def width(self) -> int:
+        return self.threads
+
+    def share(self, function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+        return self.pool.map(function, items) if self.threads > 1 else map(function, items)
 
     def spread(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-        return self.pool.map(function, items) if self.pool else map(function, items)
+        return self.share(function, [*items])
 
 
 def _alone() -> None:
@@ -98,7 +131,9 @@ def _in_processes(work: Callable[[Member], None], told: Callable[[Any], None], c
     try:
         for number in range(count):
             here, there = fork.Pipe()
-            process = fork.Process(target=_member, args=(work, number, count, there, [*ends, here]), daemon=True)
+            process = fork.Process(
+                target=_member, args=(work, number, count, there, [*ends, here], os.getpid()), daemon=True
+            )
             with warnings.catch_warnings():  # of other threads: members use nothing that these may hold
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
@@ -115,15 +150,20 @@ def _in_processes(work: Callable[[Member], None], told: Callable[[Any], None], c
 
 
 def _wait(ends: list[Connection], told: Callable[[Any], None]) -> None:
-    """Receive what members say until all are done; hand what they exchange from one to another."""
+    """Receive what members say until all are done; hand what they exchange from one to another.
+
+    Raises:
+        Killed: a member was killed.
+        Exception: what a member raised.
+    """
     left, shared = [*ends], dict[int, list[Any]]()
     while left:
         for end in wait(left):
             assert isinstance(end, Connection)
             try:
                 kind, content = end.recv()
-            except (EOFError, ConnectionResetError):
-                raise InputError("a worker was killed: is there enough memory for --workers of them?") from None
+            except (EOFError, OSError):
+                raise Killed("a worker was killed: is there enough memory for --workers of them?") from None
             if kind == "told":
                 told(content)
             elif kind == "shared":
@@ -132,41 +172,69 @@ def _wait(ends: list[Connection], told: Callable[[Any], None]) -> None:
                 raise content
             else:
                 left.remove(end)
+        if shared and len(left) < len(ends):
+            raise RuntimeError("a worker is done while another waits for it: they have not all asked for the same")
         if len(shared) == len(ends):
+            everything = ForkingPickler.dumps([shared[number] for number in range(len(ends))])
             for end in ends:
-                end.send([shared[number] for number in range(len(ends))])
+                try:
+                    end.send_bytes(everything)
+                except OSError:
+                    raise Killed("a worker was killed: is there enough memory for --workers of them?") from None
             shared.clear()
 
 
-def _member(work: Callable[[Member], None], number: int, count: int, end: Connection, others: list[Connection]) -> None:
+def _member(
+    work: Callable[[Member], None], number: int, count: int, end: Connection, others: list[Connection], parent: int
+) -> None:
     """Do the work in a process of its own, which ends with its parent."""
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         return
     for other in others:  # else nobody would see that one of them has ended
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
+    for one in (
+        signal.SIGINT,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):  # sent to all of a terminal or a job; the parent decides
+        signal.signal(one, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _alone()
 
+    def say(kind: str, content: Any = None) -> None:
+        try:
+            end.send((kind, content))
+        except OSError:
+            raise _Gone from None
+
     def exchange(mine: list[Any]) -> list[list[Any]]:
-        end.send(("shared", mine))
-        found: list[list[Any]] = end.recv()
+        say("shared", mine)
+        try:
+            found: list[list[Any]] = end.recv()
+        except (EOFError, OSError):
+            raise _Gone from None
         return found
 
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent stops all
+    try:
         try:
-            work(
-                Member(number=number, count=count, tell=lambda content: end.send(("told", content)), exchange=exchange)
-            )
-            end.send(("done", None))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+            work(Member(number=number, count=count, tell=lambda content: say("told", content), exchange=exchange))
+            say("done")
+        except _Gone:
             raise
         except Exception as error:
-            if not isinstance(error, InputError):
-                error.add_note(traceback.format_exc())
-            try:
-                end.send(("failed", error))
-            except (pickle.PicklingError, TypeError, AttributeError):
-                end.send(("failed", RuntimeError(traceback.format_exc())))
+            say("failed", _sendable(error))
+    except _Gone:
+        pass  # it stops all
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error as it is if another process can make it anew, else what it says."""
+    if not isinstance(error, InputError):
+        error.add_note(traceback.format_exc())
+    try:
+        copy.copy(error)
+        ForkingPickler.dumps(error)
+    except Exception:  # whatever its class does
+        return RuntimeError(traceback.format_exc())
+    return error

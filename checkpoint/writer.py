@@ -1,7 +1,8 @@
 """The writer: asks a layout which bytes go where and pulls them from a source, block by block, in parallel.
 
 Many checkpoints of one layout can be written side by side, so that what their sources share is read once. Memory is
-bounded by block size x workers, which are processes (`checkpoint.team`). The bytes do not depend on their number.
+bounded by some blocks and tiles a worker; these are processes (`checkpoint.team`). The bytes do not depend on their
+number.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from checkpoint.files import disk_errors, inside, read_json, write_bytes, write_
 from checkpoint.layout import FilePlan, Fragment, Layout
 from checkpoint.manifest import NAME, write_manifest
 from checkpoint.source import Source
+from checkpoint.team import Killed
 from parallel.faults import point
 from parallel.memory import keep_freed
 
@@ -39,8 +41,6 @@ class Output:
     to tell sources apart for an interrupted call to be gone on with; without it all is written anew."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Further files (a tokenizer, say) by relative name."""
-    one_process: bool = False
-    """Its source is on a GPU, or makes whole tensors in memory, once for all: workers are threads then."""
 
 
 def write_checkpoint(
@@ -207,7 +207,8 @@ def _write_file(jobs: Sequence[_Job], number: int, workers: int) -> None:
                 noted = time.monotonic()
 
         sources = [job.plans[number].source or job.output.source for job in jobs]
-        together = any(job.output.one_process for job in jobs)
+        # On a GPU, or with whole tensors in memory, once for all: workers are threads then.
+        together = any(getattr(job.output.source, "one_process", False) for job in jobs)
         fill(sources, fragments[0], handles, workers=workers, together=together, first=first, done=done)
         for handle in handles:
             os.fsync(handle)
@@ -226,7 +227,9 @@ def _handles(paths: Sequence[Path]) -> Iterator[Any]:
 
         try:
             yield opened
-        except Exception:  # an interrupt leaves them: the same call goes on from there
+        except Killed:
+            raise
+        except Exception:  # an interrupt, or a killed worker, leaves them: the same call goes on from there
             for path in paths:
                 path.unlink(missing_ok=True)
             raise

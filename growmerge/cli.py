@@ -264,7 +264,7 @@ def _targets(command: Callable[..., None]) -> Callable[..., None]:
             is_flag=True,
             help="zero3 with --tp: cut a tied embedding too, as autotp_size alone makes DeepSpeed do.",
         ),
-        click.option("--workers", type=int, help="Processes; the machine's cores by default."),
+        click.option("--workers", type=int, help="Processes; by default as cores and memory allow."),
         click.option("--finite", is_flag=True, help="Refuse a source with a NaN or an infinity."),
     ]
     for option in reversed(options):

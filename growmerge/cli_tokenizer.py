@@ -36,7 +36,7 @@ def _remodelled(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.option("--pad-to", "multiple", type=int, default=1, help="Pad the rows to a multiple, such as 64."),
         click.option("--heldout", type=_FOLDER, help="Text that the model is scored on, before and after."),
-        click.option("--workers", type=int, help="Processes; the machine's cores by default."),
+        click.option("--workers", type=int, help="Processes; by default as cores and memory allow."),
     ]
     for option in reversed(options):
         command = option(command)

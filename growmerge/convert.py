@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from checkpoint.open import open_checkpoint
 from checkpoint.provenance import descend
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import Source, WithoutState
+from checkpoint.team import MOST, as_many_as_fit
 from checkpoint.universal_layout import UniversalLayout
 from checkpoint.writer import PROGRESS, Output, write_checkpoints
 from checkpoint.zero3_layout import Zero3Layout
@@ -55,7 +55,7 @@ class Target:
     vocab_parallel: bool = False
     """zero3 with tensor parallelism: a tied embedding is cut too; see `checkpoint.tensor_parallel`."""
     workers: int | None = None
-    """Processes; the machine's cores by default."""
+    """Processes; by default as many as there are cores and half gigabytes of memory for."""
     finite: bool = False
     """Refuse a source that holds a NaN or an infinity."""
 
@@ -66,9 +66,9 @@ class Target:
         Raises:
             InputError: a number that makes no sense.
         """
-        if self.workers is not None and not 1 <= self.workers <= 1024:
-            raise InputError(f"--workers is {self.workers}: allowed are 1 to 1024")
-        return self.workers or os.cpu_count() or 1
+        if self.workers is not None and not 1 <= self.workers <= MOST:
+            raise InputError(f"--workers is {self.workers}: allowed are 1 to {MOST}")
+        return self.workers or as_many_as_fit()
 
 
 def _safetensors(source: Source, target: Target) -> Layout:
@@ -156,7 +156,6 @@ def write_target(
     parents: Sequence[Mapping[str, Any]],
     inputs: Sequence[Path],
     files: Mapping[str, bytes],
-    one_process: bool = False,
 ) -> str:
     """Write a source where it goes, unless it is there; return what is said of it. Arguments as of `planned`.
 
@@ -166,7 +165,7 @@ def write_target(
     folder = target.folder
 
     def plan() -> tuple[Output | None, Layout]:
-        return planned(source, target, made=made, parents=parents, inputs=inputs, files=files, one_process=one_process)
+        return planned(source, target, made=made, parents=parents, inputs=inputs, files=files)
 
     if plan()[0] is None:
         return f"nothing to do: {folder} is there and whole"
@@ -214,7 +213,6 @@ def planned(
     parents: Sequence[Mapping[str, Any]],
     inputs: Sequence[Path],
     files: Mapping[str, bytes],
-    one_process: bool = False,
 ) -> tuple[Output | None, Layout]:
     """Return what is to be written, and how; nothing if it is there.
 
@@ -223,7 +221,6 @@ def planned(
         parents: records of the checkpoints that it is made from.
         inputs: their folders.
         files: further files, by name.
-        one_process: as in Output.
 
     Raises:
         InputError: the target is taken; an unknown format or dtype.
@@ -259,7 +256,7 @@ def planned(
     others = [path for path in folder.iterdir() if path.name != LEASE] if folder.is_dir() else []
     if others and not (folder / PROGRESS).is_file():
         raise InputError(f"{folder}: is not empty and not an unfinished checkpoint; choose another folder")
-    return Output(source=source, folder=folder, about=about, files=files, one_process=one_process), layout
+    return Output(source=source, folder=folder, about=about, files=files), layout
 
 
 def fingerprint(folder: Path) -> str:

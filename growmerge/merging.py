@@ -190,7 +190,6 @@ def written_of(applied: Applied, models: Models, target: Target, more: Mapping[s
         "parents": parents,
         "inputs": [*(folder for name in recipe.models for folder in models.folders[name]), *models.statistics],
         "files": {**files_beside(applied, models, target), **more},
-        "one_process": METHODS[recipe.method].whole_matrix or applied.merged.reads.device.type != "cpu",
     }
 
 

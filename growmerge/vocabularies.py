@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from checkpoint.open import open_checkpoint
 from checkpoint.provenance import descend
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import RunState, Source, WithoutState
+from checkpoint.team import as_many_as_fit
 from checkpoint.writer import PROGRESS, write_checkpoint
 from eval.bits_per_byte import score_documents
 from eval.model import load_model, stream_model
@@ -45,7 +45,7 @@ class Remodel:
     heldout: Path | None = None
     """Text that both models are scored on."""
     workers: int | None = None
-    """Threads; the machine's cores by default."""
+    """Processes; by default as many as there are cores and memory for."""
 
 
 def extend_tokenizer(tokenizer: Path, folder: Path, texts: Sequence[Path], add: int, target: Remodel | None) -> str:
@@ -140,7 +140,7 @@ def _write(source: Source, run: RunState, target: Remodel, files: Mapping[str, b
         "inputs": [_fingerprint(target.model)],
         "versions": {"growmerge": __version__, "torch": torch.__version__},
     }
-    workers = target.workers or os.cpu_count() or 1
+    workers = target.workers or as_many_as_fit()
     write_checkpoint(source, target.folder, SafetensorsLayout(), workers=workers, about=about, extra_files=files)
 
 

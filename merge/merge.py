@@ -73,6 +73,11 @@ class MergedSource:
         return infos
 
     @property
+    def one_process(self) -> bool:
+        """Whether those that read it should be threads of one process: whole matrices, and a GPU, are there once."""
+        return METHODS[self.method].whole_matrix or self.reads.device.type != "cpu"
+
+    @property
     def groups(self) -> Mapping[str, Group]:
         return WithoutState(self.like).groups
 

@@ -13,7 +13,7 @@ from parallel.errors import InputError
 
 Made = TypeVar("Made")
 KNOWN = 8
-"""Tensors whose statistics are remembered: the writer asks for those of a block ahead."""
+"""Tensors whose statistics are remembered."""
 
 
 class Operand(NamedTuple):

@@ -12,6 +12,7 @@ from checkpoint.source import Box, Map, row_major_tiles
 from merge import sparsify
 from merge.reads import Operand, Reads
 from merge.sparsify import Kept, Sparsifier
+from merge.threshold import WINDOW, windows
 from parallel.errors import InputError
 from parallel.families import Kind
 
@@ -82,9 +83,10 @@ class Stack:
         """Return what the random numbers of a model depend on beside tensor and element."""
         return f"{self.seed}/{self.reads.identity(self.order.operands[number].model)}"
 
-    def look_at(self, boxes: Sequence[Box]) -> None:
+    def look_at(self, boxes: Sequence[Box], also: Sequence[Operand] = ()) -> None:
         """Refuse a value that is not finite in what the tensor is made from; with the model's name."""
-        for operand in (*self.order.operands, *([self.order.base] if self.order.base else []), *self.order.fishers):
+        base = [self.order.base] if self.order.base else []
+        for operand in dict.fromkeys((*self.order.operands, *base, *self.order.fishers, *also)):
             for box in boxes:
                 self.reads.fresh(operand, box, self.inner[operand])
 
@@ -205,10 +207,10 @@ class Stack:
         def make() -> np.ndarray:
             count = len(asked) + (of != "directions")
             total = np.zeros((size, count, count))
-            for part, found in spread(products, self.tiles):
+            for part, found in windows(products, self.tiles, spread, 4 * WINDOW):
                 total[part] += found
             if not np.isfinite(total).all():
-                self.look_at(self.tiles)
+                self.look_at(self.tiles, also=asked)
                 raise self.error("its values are too large for inner products in float32")
             return total
 

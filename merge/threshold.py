@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint.source import Box, Map
+from checkpoint.source import Box, Map, row_major_tiles
 
 LOW = 15
 """Bits of a pattern (31 without the sign) that the second of three passes counts."""
@@ -24,6 +24,8 @@ WINDOW = 16
 """Tiles whose counts are held at once at most."""
 SAMPLE = 1 << 15
 """Elements of a sample at least, as far as there are so many."""
+PIECE = 1 << 13
+"""Elements that are read at one place of it."""
 SIGMAS = 5.0
 """How far from the sample's k-th the tensor's may be, in standard deviations of its rank."""
 BETWEEN = 0.1
@@ -64,8 +66,10 @@ def _by_sample(
 ) -> list[Cut] | None:
     """Return the cuts if the sample's bounds hold what is looked for and little else."""
     size = prod(shape)
-    chosen = tiles[:: max(1, size // (4 * SAMPLE))]
-    step = max(1, sum(prod(_shape(tile)) for tile in chosen) // SAMPLE)
+    wanted = max(SAMPLE, size >> 9)  # what is between, and is kept, is a smaller share the larger the tensor
+    pieces = row_major_tiles(shape, PIECE)
+    chosen = pieces[:: max(1, len(pieces) * PIECE // (4 * wanted))]  # everywhere: rows are not alike
+    step = max(1, sum(prod(_shape(piece)) for piece in chosen) // wanted)
 
     def sample(tile: Box) -> list[np.ndarray]:
         return [magnitudes(values).flatten()[::step].cpu().numpy().copy() for values in read(tile)]
@@ -80,7 +84,7 @@ def _by_sample(
         return [_split(values, *ends) for values, ends in zip(read(tile), bounds, strict=True)]
 
     found: list[list[tuple[int, int, int, np.ndarray]]] = []
-    for parts in _windows(split, tiles, spread):
+    for parts in windows(split, tiles, spread, 4 * WINDOW):
         found.append(parts)
         if any(
             sum(len(tile[model][3]) for tile in found[-WINDOW:]) > BETWEEN * WINDOW * prod(_shape(tiles[0]))
@@ -183,7 +187,7 @@ def _by_counting(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: S
         found = zip(read(tile), patterns, strict=True)
         return np.array([torch.count_nonzero(magnitudes(values) == pattern).item() for values, pattern in found])
 
-    equal = [*_windows(ties, tiles, spread)]
+    equal = [*windows(ties, tiles, spread)]
     return [
         _cut(read, shape, tiles, model, patterns[model], left[model], [int(counts[model]) for counts in equal])
         if not whole[model]
@@ -239,15 +243,17 @@ def _count(values: torch.Tensor, bins: int) -> np.ndarray:
     return torch.bincount(values.flatten(), minlength=bins).cpu().numpy()
 
 
-def _windows(count: Callable[[Box], Counted], tiles: Sequence[Box], spread: Map) -> Iterator[Counted]:
-    """Yield the tiles' counts in order, few of them alive at a time."""
-    for start in range(0, len(tiles), WINDOW):
-        yield from spread(count, tiles[start : start + WINDOW])
+def windows(
+    count: Callable[[Box], Counted], tiles: Sequence[Box], spread: Map, size: int = WINDOW
+) -> Iterator[Counted]:
+    """Yield what is found of tiles in their order, that of few of them alive at a time."""
+    for start in range(0, len(tiles), size):
+        yield from spread(count, tiles[start : start + size])
 
 
 def _total(count: Callable[[Box], np.ndarray], tiles: Sequence[Box], spread: Map) -> np.ndarray:
     total: np.ndarray = np.zeros((), dtype=np.int64)
-    for counts in _windows(count, tiles, spread):
+    for counts in windows(count, tiles, spread):
         total = total + counts
     return total
 

@@ -88,6 +88,28 @@ def test_a_killed_member_is_one_line():
         go_through(work, lambda _: None, members=2)
 
 
+def test_members_that_do_not_ask_for_the_same_are_told_so():
+    def work(member):
+        if member.number == 0:
+            [*member.spread(lambda item: item, range(2))]
+
+    with pytest.raises(RuntimeError, match="a worker is done while another waits for it"):
+        go_through(work, lambda _: None, members=2)
+
+
+@pytest.mark.parametrize(("members", "threads"), [(1, 1), (1, 4), (3, 1)])
+def test_what_is_shared_is_done_once(members, threads):
+    told = []
+
+    def work(member):
+        assert member.width == members * threads
+        for found in member.share(lambda item: item * 2, range(7)):
+            member.tell(found)
+
+    go_through(work, told.append, members=members, threads=threads)
+    assert sorted(told) == [0, 2, 4, 6, 8, 10, 12]
+
+
 def test_an_error_of_who_is_told_ends_the_members():
     def work(member):
         member.tell("x")

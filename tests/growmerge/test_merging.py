@@ -480,7 +480,7 @@ def test_a_number_of_workers_that_makes_no_sense(models, workers):
     found = told("merge", recipe(models), "out", "--workers", workers)
     assert (found.exit_code, found.stderr.splitlines()[-1]) == (
         2,
-        f"growmerge: --workers is {workers}: allowed are 1 to 1024",
+        f"growmerge: --workers is {workers}: allowed are 1 to 256",
     )
     assert not (models / "out").exists()
 

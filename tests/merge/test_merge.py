@@ -211,3 +211,20 @@ def test_what_is_drawn_goes_by_the_whole_model() -> None:
     other[EMBEDDING] = other[EMBEDDING].clone()
     other[EMBEDDING][-1] += 1
     assert digest(first) != digest(replace(first, tensors=other))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_a_value_that_is_not_finite_is_never_lost(case, value, tmp_path) -> None:
+    """Wherever it is: in a model, at its smallest task vector, or in the base."""
+    method, count, based, weights, parameters = case
+    for spoilt in ("model 1", *(["base"] if based and (method, count) != ("multislerp", 1) else [])):
+        sources = [model(seed) for seed in range(count + 1)]
+        number = 1 if spoilt == "model 1" else 0
+        tensor = sources[number].tensors[MATRIX].clone()
+        away = (sources[1].tensors[MATRIX] - sources[0].tensors[MATRIX]).abs()
+        tensor.view(-1)[away.argmin()] = value
+        sources[number] = with_tensor(sources[number], MATRIX, tensor)
+        merged = merge(sources[1:], method, base=sources[0] if based else None, weights=weights, parameters=parameters)
+        with pytest.raises(InputError, match=f"{spoilt}.*{MATRIX} holds a value that is not finite"):
+            read_tensor(merged, MATRIX)

@@ -295,13 +295,15 @@ def test_workers_and_tiles_do_not_matter(by, untied, tmp_path, monkeypatch):
     monkeypatch.setattr(matrices, "ROWS", 16)
     for module in (blocks, manifest):
         monkeypatch.setattr(module, "BLOCK", 2**12)
-    hashes = {
-        write_checkpoint(by(untied), tmp_path / str(workers), SafetensorsLayout(), workers=workers)
-        for workers in (1, 3)
-    }
+    assert by(untied).one_process == (by is by_regmean)
+    hashes = set()
+    for workers, one_process in ((1, True), (3, True), (3, False)):  # threads, processes
+        monkeypatch.setattr(MergedSource, "one_process", one_process)
+        folder = tmp_path / f"{workers}-{one_process}"
+        hashes.add(write_checkpoint(by(untied), folder, SafetensorsLayout(), workers=workers))
     assert len(hashes) == 1
     monkeypatch.undo()
-    whole = open_safetensors(tmp_path / "3")
+    whole = open_safetensors(tmp_path / "3-True")
     for name in NAMES:
         near(read_tensor(by(untied), name), read_tensor(whole, name).double().numpy())
 

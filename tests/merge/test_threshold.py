@@ -85,7 +85,23 @@ def test_few_counts_are_alive_at_a_time() -> None:
         return map(function, items)
 
     cuts([torch.randn(100, 10)], [500], 10, spread)
-    assert longest == 16
+    assert longest == 64
+
+
+def test_a_sample_is_of_all_parts_so_that_rows_that_differ_do_not_mislead() -> None:
+    """First rows of tokens that nobody uses, say: one pass is enough all the same."""
+    values = torch.randn(40_000, 64, generator=torch.Generator().manual_seed(3))
+    values[:9_000] /= 100
+    read = []
+
+    def spread(function, items):
+        read.append(len(items))
+        return map(function, items)
+
+    tiles = row_major_tiles((40_000, 64))
+    (cut,) = find_cuts(lambda box: [values[box]], (40_000, 64), tiles, [20_000 * 64], spread)
+    assert read == [1, len(tiles)]  # a sample, by one for all, and a pass
+    assert torch.equal(trim(values, cut, (40_000, 64), full_box((40_000, 64))) != 0, kept_by_sort(values, 20_000 * 64))
 
 
 @pytest.mark.parametrize("keep", [1, 9])
