@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from checkpoint.files import read_json
 from checkpoint.pickles import load_pickle
-from checkpoint.safetensors import CODES, read_header
+from checkpoint.safetensors import CODES, map_file, read_header, tensor_in
 from parallel.errors import InputError, one_of
 
 CONFIG = "adapter_config.json"
@@ -83,15 +82,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         InputError: the file is damaged, or holds other things than plain floating-point tensors.
     """
     if path.suffix == ".safetensors":
-        found = {}
-        for name, stored in read_header(path).items():
-            if 0 in stored.shape:  # which cannot be mapped: DeepSpeed's ZeRO-3 leaves such tensors if not gathered
-                found[name] = torch.empty(stored.shape, dtype=stored.dtype)
-                continue
-            kind = f"u{stored.dtype.itemsize}"
-            raw = np.memmap(path, dtype=kind, mode="c", offset=stored.offset, shape=stored.shape)
-            found[name] = torch.from_numpy(raw).view(stored.dtype)
-        return found
+        stored = read_header(path)
+        mapping = map_file(path)
+        return {name: tensor_in(mapping, one) for name, one in stored.items()}
     entries = load_pickle(path, "PyTorch file")
     if not isinstance(entries, dict) or not all(torch.is_tensor(tensor) for tensor in entries.values()):
         raise InputError(f"{path}: holds other things than tensors by name, so it is not an adapter's weights")

@@ -142,14 +142,22 @@ class SafetensorsSource:
         if name not in self._tensors:
             stored = self.stored[name]
             if stored.path not in self._maps:
-                # Copy-on-write, since torch wants to be able to write; nobody does.
-                self._maps[stored.path] = np.memmap(stored.path, dtype=np.uint8, mode="c")
-            size = math.prod(stored.shape) * stored.dtype.itemsize
-            raw = self._maps[stored.path][stored.offset : stored.offset + size]
-            # Integers of the element's size, wherever they begin in the file: numpy has no bfloat16.
-            whole = torch.from_numpy(np.frombuffer(raw, dtype=f"u{stored.dtype.itemsize}").reshape(stored.shape))
-            self._tensors[name] = whole.view(stored.dtype)
+                self._maps[stored.path] = map_file(stored.path)
+            self._tensors[name] = tensor_in(self._maps[stored.path], stored)
         return self._tensors[name]
+
+
+def map_file(path: Path) -> np.ndarray:
+    """Return a file's bytes as a mapping: copy-on-write, since torch wants to be able to write; nobody does."""
+    return np.memmap(path, dtype=np.uint8, mode="c")
+
+
+def tensor_in(mapping: np.ndarray, stored: Stored) -> torch.Tensor:
+    """Return a tensor that lies in a mapped file, wherever it begins."""
+    size = math.prod(stored.shape) * stored.dtype.itemsize
+    # Integers of the element's size: numpy has no bfloat16.
+    raw = np.frombuffer(mapping[stored.offset : stored.offset + size], dtype=f"u{stored.dtype.itemsize}")
+    return torch.from_numpy(raw.reshape(stored.shape)).view(stored.dtype)
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource:
