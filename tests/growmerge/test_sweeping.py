@@ -143,7 +143,7 @@ def test_statistics_are_found_once(folder, monkeypatch):
 
     def counted(*arguments):
         nonlocal found
-        found += 1
+        found += len(arguments[3])  # task vectors
         return plain(*arguments)
 
     monkeypatch.setattr(sparsify, "find_cuts", counted)
