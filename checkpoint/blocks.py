@@ -18,7 +18,7 @@ import xxhash
 
 from checkpoint.layout import Fragment
 from checkpoint.manifest import BLOCK
-from checkpoint.source import Source, box_shape, flat_tiles
+from checkpoint.source import Source, box_shape, empty_box, flat_tiles
 from checkpoint.team import Member, go_through
 from parallel.errors import InputError
 from parallel.memory import give_back_freed
@@ -121,7 +121,7 @@ def _fill_block(
     """Fill a block of all files, write it, and return its number and checksums."""
     begin, end = block.begin, block.end
     piece = max(2 * PIECE, BLOCK // len(sources) // PIECE * PIECE)
-    buffers = torch.empty(len(sources), piece, dtype=torch.uint8)
+    buffers = empty_box((slice(0, len(sources)), slice(0, piece)), torch.uint8)
     digests = [xxhash.xxh3_128() for _ in sources]
     for low in range(begin, end, piece):
         high = min(low + piece, end)

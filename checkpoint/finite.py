@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from checkpoint.source import Box, Slot, Wrapped, box_shape
+from checkpoint.source import Box, Slot, Wrapped, empty_box
 from parallel.errors import InputError
 
 
@@ -44,6 +44,4 @@ class Finite(Wrapped):
             if info.tied_to is None:
                 stats = self.collect(name, map)
                 for box in self.tiles(name):
-                    self.read(
-                        name, box, {s: torch.empty(box_shape(box), dtype=d) for s, d in info.slots.items()}, stats
-                    )
+                    self.read(name, box, {s: empty_box(box, d) for s, d in info.slots.items()}, stats)

@@ -20,7 +20,7 @@ from checkpoint.adapter import Adapter, Change
 from checkpoint.adapter_files import read_config
 from checkpoint.files import read_json
 from checkpoint.provenance import descend
-from checkpoint.source import TILE, Box, Info, Map, RunState, Slot, Source, WithoutState, box_shape
+from checkpoint.source import TILE, Box, Info, Map, RunState, Slot, Source, WithoutState, box_shape, empty_box
 
 
 def apply_lora(source: Source, folder: Path) -> "LoraSource":
@@ -127,7 +127,7 @@ class LoraSource(WithoutState):
             group = slice(start, min(start + step, shape[0]))
             rows = slice(max(start, box[0].start), min(group.stop, box[0].stop))
             here = (rows, *box[1:])
-            values = torch.empty(box_shape(here), dtype=dtype)
+            values = empty_box(here, dtype)
             if change.whole is not None:
                 values.copy_(change.whole[here])
             else:

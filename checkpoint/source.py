@@ -10,11 +10,13 @@ A tensor is known by its Hugging Face on-disk name, unfused, unsharded and unpad
 belong together: `weight`, `master` (float32 copy that the optimizer updates), `exp_avg` and `exp_avg_sq` (Adam).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from parallel.families import Family
@@ -127,6 +129,18 @@ def full_box(shape: Sequence[int]) -> Box:
 
 def box_shape(box: Box) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in box)
+
+
+def empty_box(box: Box, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a tensor for a box, its values undefined, in memory that fits what was freed of its size.
+
+    torch aligns a tensor within a larger block, and what it frees is less than it asks for next: the heap of a merge
+    grew by a tile for each tile, and two of three page faults came of that. numpy does not.
+    """
+    shape = box_shape(box)
+    if dtype == torch.float32:  # for most, and many a tensor
+        return torch.from_numpy(np.empty(shape, dtype=np.float32))
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def row_major_tiles(shape: Sequence[int], tile: int = TILE) -> list[Box]:

@@ -3,12 +3,15 @@
 import functools
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
-from checkpoint.source import Box
+from checkpoint.source import Box, box_shape
 
+DIGITS = 8
+"""Of a random number, that are looked at first."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -23,34 +26,48 @@ def uniform_at(key: str, box: Box) -> torch.Tensor:
 
     A number depends on the key and its place alone: not on what else is read, or by how many workers.
     """
-    words = _words_at(key, box)
+    words = _words(key, *_places(box))
     words >>= np.uint32(8)
-    return torch.from_numpy(words.view(np.int32)).to(torch.float32).mul_(2.0**-24)
+    return torch.from_numpy(words.view(np.int32)).to(torch.float32).mul_(2.0**-24).view(box_shape(box))
 
 
 def chosen_at(key: str, box: Box, chance: float) -> np.ndarray:
-    """Return which elements of a box a stream chooses, each with a chance in (0, 1), bool, in the box's shape.
+    """Return which elements of a box a stream chooses, each with a chance in [0, 1), bool, in the box's shape.
 
-    One random byte decides for all but one element of 256: four columns share a word, the first its lowest byte. Where
-    the byte is the one that the chance ends in, a number of a second stream does.
+    An element has a random number below 1, and is chosen if that is less than the chance: the first eight binary digits
+    say so for most, and a number of a second stream for those where they are the chance's, if that has more of them.
+    Thirty-two columns share a word for each digit, the first its lowest bit; from where the chance's are 0 on, none is
+    asked for.
     """
-    first, last = box[-1].start, box[-1].stop
-    words = _words_at(key, (*box[:-1], slice(first // 4, (last + 3) // 4)))
-    numbers = words.astype("<u4", copy=False).view(np.uint8)[..., first % 4 : first % 4 + last - first]
-    whole, rest = int(chance * 256), chance * 256 % 1
-    chosen = numbers < whole
+    rows, columns = _places(box)
+    first, last = columns[0], columns[-1] + 1
+    groups = np.arange(first // 32, (last + 31) // 32) * DIGITS
+    whole, rest = int(chance * 2**DIGITS), chance * 2**DIGITS % 1
+    less: Any = np.uint32(0)
+    equal: Any = np.uint32(2**32 - 1)
+    last_one = (whole & -whole).bit_length() - 1 if whole and not rest else 0
+    for digit in range(last_one, DIGITS):
+        words = _words(key, rows, groups + digit)
+        if whole >> digit & 1:
+            less, equal = less | ~words, equal & words
+        else:
+            less, equal = less & ~words, equal & ~words
+
+    def unpacked(words: Any) -> np.ndarray:
+        bits = np.unpackbits(words.astype("<u4", copy=False).view(np.uint8), axis=-1, bitorder="little")
+        return bits[:, first % 32 : first % 32 + last - first].view(np.bool_)
+
+    chosen = unpacked(less)
     if rest:
-        *rows, columns = (at + part.start for at, part in zip(np.nonzero(numbers == whole), box, strict=True))
-        found = _words(f"{key}/rest", rows[0] if rows else np.zeros(1, dtype=np.int64), columns)
-        chosen[numbers == whole] = found < rest * 2**32
-    return chosen
+        at = np.nonzero(unpacked(equal))
+        chosen[at] = _words(f"{key}/rest", rows[at[0], 0], columns[at[1]]) < rest * 2**32
+    return chosen.reshape(box_shape(box))
 
 
-def _words_at(key: str, box: Box) -> np.ndarray:
-    """Return the random 32-bit numbers of a stream in a box, uint32; a vector is the first row of a matrix."""
+def _places(box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a box, [rows, 1], and its columns; a vector is the first row of a matrix."""
     *rows, columns = (np.arange(part.start, part.stop) for part in box)
-    words = _words(key, (rows[0] if rows else np.zeros(1, dtype=np.int64))[:, None], columns)
-    return words if rows else words[0]
+    return (rows[0] if rows else np.zeros(1, dtype=np.int64))[:, None], columns
 
 
 def _words(key: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

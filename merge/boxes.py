@@ -10,7 +10,7 @@ import torch
 from checkpoint.source import Box, Map
 from merge import directions, fisher, matrices, methods
 from merge.sparsify import Kept, Sparsifier, whole_rows
-from merge.stack import Stack
+from merge.stack import Order, Stack
 from merge.threshold import Cut, find_cuts, trim
 
 
@@ -53,8 +53,10 @@ class Runner:
     """From a box, and what was collected, to its merged values, float32."""
     collect: Callable[[Stack, Map], Any] | None = None
     """What it needs to know of a whole tensor first."""
-    drops: bool = False
+    drops: Callable[[Order], bool] = lambda order: False
     """Whether a value that is not finite may leave the merged ones finite."""
+    finite: Callable[[Any], bool] = lambda stats: False
+    """From what was collected to whether all values are known to be: they need not be looked at again."""
 
 
 def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
@@ -79,7 +81,21 @@ def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
             factors=factors,
         )
 
-    return Runner(merge=merge, collect=collect if kind else None, drops=kind is not None)
+    def drops(order: Order) -> bool:
+        if kind != "magnitude":
+            return kind is not None
+        # What is not finite is larger than all that is, and stays; but nothing does of a model that does not count.
+        return 0 in order.each["weight"] or min(order.each["density"]) <= 0
+
+    def finite(stats: Sequence[tuple[Sparsifier, Kept]]) -> bool:
+        return all(kept.finite for _, kept in stats)
+
+    return Runner(merge=merge, collect=collect if kind else None, drops=drops, finite=finite)
+
+
+def always(order: Order) -> bool:
+    """Whether a value that is not finite may be dropped, where a method does not go by size."""
+    return True
 
 
 def _along(stack: Stack, coefficients: np.ndarray, box: Box, along: str) -> list[float | torch.Tensor]:
@@ -181,7 +197,7 @@ def sce_stats(stack: Stack, spread: Map) -> _Selected:
         cut = False
         if keep:
             cut = find_cuts(
-                lambda box: [methods.variance(stack.deltas(box))], stack.shape, stack.tiles, [keep], spread
+                lambda box, _: [methods.variance(stack.deltas(box))], stack.shape, stack.tiles, [keep], spread
             )[0]
 
     def squares(tile: Box) -> np.ndarray:
@@ -233,9 +249,9 @@ def fusion_stats(stack: Stack, spread: Map) -> float:
     size = int(np.prod(stack.shape))
     ranks = [size - int(share * (size - 1)) for share in (0.25, 0.5, 0.75)]
 
-    def read(tile: Box) -> list[torch.Tensor]:
+    def read(tile: Box, which: Sequence[int]) -> list[torch.Tensor]:
         rows, inside = whole_rows(tile, stack.shape)
-        return [_importance(stack, rows)[inside]] * 3
+        return [_importance(stack, rows)[inside]] * len(which)
 
     cuts = find_cuts(read, stack.shape, stack.tiles, ranks, spread)
     first, median, third = np.array([cut.pattern for cut in cuts], dtype=np.int32).view(np.float32)
@@ -264,13 +280,13 @@ RUNNERS: dict[str, Runner] = {
     "della_linear": sparse("ranked", methods.task_arithmetic),
     "breadcrumbs": sparse("outliers", methods.task_arithmetic),
     "breadcrumbs_ties": sparse("outliers", methods.ties),
-    "sce": Runner(merge=sce, collect=sce_stats, drops=True),
-    "ram": Runner(merge=ram, drops=True),
-    "ramplus_tl": Runner(merge=ram, collect=ram_stats, drops=True),
+    "sce": Runner(merge=sce, collect=sce_stats, drops=always),
+    "ram": Runner(merge=ram, drops=always),
+    "ramplus_tl": Runner(merge=ram, collect=ram_stats, drops=always),
     "nearswap": Runner(merge=nearswap),
-    "arcee_fusion": Runner(merge=fusion, collect=fusion_stats, drops=True),
+    "arcee_fusion": Runner(merge=fusion, collect=fusion_stats, drops=always),
     "passthrough": Runner(merge=passthrough),
-    "fisher": Runner(merge=fisher.box, collect=fisher.mean, drops=True),
+    "fisher": Runner(merge=fisher.box, collect=fisher.mean, drops=always),
     "regmean": Runner(merge=matrices.regmean_box, collect=matrices.regmean_stats),
     "tsv": Runner(merge=matrices.tsv_box, collect=matrices.tsv_stats),
 }

@@ -94,21 +94,24 @@ class MergedSource:
         operands = [*order.operands, *([order.base] if order.base else []), *order.fishers]
         operands += [Operand(model=number, name=name) for number in self.reads.together]
         inner = {one: self.reads.collect(name, one, spread) for one in operands}
-        collect = RUNNERS[self.method].collect
-        return Stats(inner=inner, method=collect and collect(self._stack(name, inner), spread))
+        runner = RUNNERS[self.method]
+        known = runner.collect and runner.collect(self._stack(name, inner, check=runner.drops(order)), spread)
+        return Stats(inner=inner, method=known)
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
-        merged = RUNNERS[self.method].merge(self._stack(name, stats.inner), box, stats.method)
+        runner = RUNNERS[self.method]
+        check = runner.drops(self.orders[name]) and not runner.finite(stats.method)
+        merged = runner.merge(self._stack(name, stats.inner, check=check), box, stats.method)
         rounded = out["weight"].copy_(merged)
         if not all_finite(rounded):
-            self._stack(name, stats.inner).look_at([box])  # is it one of theirs?
+            self._stack(name, stats.inner, check=True).look_at([box])  # is it one of theirs?
             raise InputError(f"{name}: a merged value is too large for {str(rounded.dtype).removeprefix('torch.')}")
 
     @cached_property
     def _kinds(self) -> Mapping[str, Kind]:
         return {name: tensor.kind for name, tensor in self.family.tensors(self.config).items()}
 
-    def _stack(self, name: str, inner: Mapping[Operand, Any]) -> Stack:
+    def _stack(self, name: str, inner: Mapping[Operand, Any], *, check: bool) -> Stack:
         return Stack(
             name=name,
             kind=self._kinds[name],
@@ -117,7 +120,7 @@ class MergedSource:
             reads=self.reads,
             inner=inner,
             seed=self.seed,
-            check=RUNNERS[self.method].drops,
+            check=check,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from checkpoint.source import Box, Map, Source, box_shape
+from checkpoint.source import Box, Map, Source, empty_box
 from merge.statistics_files import digest
 from parallel.errors import InputError
 
@@ -120,7 +120,7 @@ class Reads:
         Raises:
             InputError: a weight is not finite.
         """
-        tensor = torch.empty(box_shape(box), dtype=torch.float32)
+        tensor = empty_box(box)
         self.sources[operand.model].read(operand.name, box, {"weight": tensor}, stats)
         if check and not all_finite(tensor):
             who = self.labels[operand.model]

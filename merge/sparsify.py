@@ -5,7 +5,7 @@ depend on (seed, model, tensor, element) alone.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 
 from checkpoint.source import Box, Map, box_shape
 from checkpoint.streams import chosen_at, uniform_at
-from merge.threshold import Cut, find_cuts, magnitudes, trim
+from merge.threshold import Cut, Read, find_cuts, magnitudes, trim
 
 SMALLEST = 1e-7
 """Sums of magnitudes below this are not brought back by rescaling."""
@@ -52,12 +52,14 @@ class Kept:
     """Of what goes of that."""
     factor: float = 1.0
     """By which the rest is multiplied."""
+    finite: bool = False
+    """Whether all values are known to be."""
 
 
 def collect(
     sparsifiers: Sequence[Sparsifier],
     name: str,
-    read: Callable[[Box], Iterable[torch.Tensor]],
+    read: Read,
     shape: Sequence[int],
     tiles: Sequence[Box],
     spread: Map,
@@ -67,7 +69,7 @@ def collect(
     Args:
         sparsifiers: one a task vector.
         name: of the tensor; a part of the random numbers' key.
-        read: from a box to the N task vectors' float32 values in it.
+        read: from a box, and numbers of task vectors, to their float32 values in it, which need not be finite.
         tiles: boxes that cover the shape once, contiguous, in row-major order.
     """
     found = _cuts(sparsifiers, read, shape, tiles, spread)
@@ -78,22 +80,22 @@ def collect(
     def sums(tile: Box) -> np.ndarray:
         """Return sums of magnitudes, before and after; of a tile in float32, of all in float64."""
         total = np.zeros((2, len(rescaled)))
-        deltas = [*read(tile)]
-        for place, number in enumerate(rescaled):
-            sizes = deltas[number].abs()
+        for place, (number, delta) in enumerate(zip(rescaled, read(tile, rescaled), strict=True)):
+            sizes = delta.abs()
             kept = keep(sparsifiers[number], name, sizes, found[number], shape, tile)
             total[:, place] = sizes.sum().item(), kept.sum().item()
         return total
 
     for number, (before, after) in zip(rescaled, sum(spread(sums, tiles)).T, strict=True):
-        if min(before, after) >= SMALLEST:
-            found[number] = replace(found[number], factor=before / after)
+        finite = math.isfinite(before)
+        factor = before / after if finite and min(before, after) >= SMALLEST else 1.0
+        found[number] = replace(found[number], factor=factor, finite=finite)
     return found
 
 
 def _cuts(
     sparsifiers: Sequence[Sparsifier],
-    read: Callable[[Box], Iterable[torch.Tensor]],
+    read: Read,
     shape: Sequence[int],
     tiles: Sequence[Box],
     spread: Map,
@@ -110,9 +112,13 @@ def _cuts(
         wanted = {"cut": max(1, stays)} if one.kind == "magnitude" else {"cut": stays and top + stays, "outliers": top}
         ranks |= {(number, which): rank for which, rank in wanted.items() if rank}
 
-    def of_ranks(tile: Box) -> list[torch.Tensor]:
-        deltas = [*read(tile)]
-        return [deltas[number] for number, _ in ranks]
+    numbers = [number for number, _ in ranks]
+
+    def of_ranks(tile: Box, which: Sequence[int]) -> list[torch.Tensor]:
+        wanted = [numbers[rank] for rank in which]
+        once = [*dict.fromkeys(wanted)]
+        deltas = dict(zip(once, read(tile, once), strict=True))
+        return [deltas[number] for number in wanted]
 
     cuts = find_cuts(of_ranks, shape, tiles, [*ranks.values()], spread) if ranks else []
     known = dict(zip(ranks, cuts, strict=True))
@@ -135,18 +141,17 @@ def keep(
         assert kept.cut is not None, "a cut was not collected"
         found = trim(delta, kept.cut, shape, box)
         return found if kept.outliers is None else found - trim(delta, kept.outliers, shape, box)
-    mask = _mask(sparsifier, name, delta, box)
-    return mask.bitwise_and_(delta.view(torch.int32)).view(torch.float32)
+    return _mask(sparsifier, name, delta, box).mul_(delta)
 
 
 def _mask(sparsifier: Sparsifier, name: str, delta: torch.Tensor, box: Box) -> torch.Tensor:
-    """Return all bits of an element or none of them, int32. (torch.where takes ten times as long.)"""
+    """Return 1 for what stays and 0 for what goes, float32. (torch.where takes ten times as long.)"""
     key = f"{sparsifier.key}/{name}"
     if sparsifier.kind == "random":
         stays = chosen_at(key, box, sparsifier.density)
     else:
         stays = (uniform_at(key, box).to(delta.device) < chances(delta, sparsifier)).cpu().numpy()
-    return torch.from_numpy(np.negative(stays.view(np.int8))).to(delta.device).to(torch.int32)
+    return torch.from_numpy(stays.view(np.int8).astype(np.float32)).to(delta.device)
 
 
 def chances(delta: torch.Tensor, sparsifier: Sparsifier) -> torch.Tensor:

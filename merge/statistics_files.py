@@ -16,7 +16,7 @@ import torch
 from checkpoint.files import disk_errors, sync_folder
 from checkpoint.manifest import block_hash
 from checkpoint.safetensors import CODES, read_header
-from checkpoint.source import Source, box_shape, flat_boxes
+from checkpoint.source import Source, empty_box, flat_boxes
 from parallel.errors import InputError
 from parallel.faults import point
 
@@ -52,7 +52,7 @@ def digest(source: Source) -> str:
             size = math.prod(info.shape)
             for start in sorted({max(0, size - PROBE) * place // (PROBES - 1) for place in range(PROBES)}):
                 for box in flat_boxes(info.shape, start, min(start + PROBE, size)):
-                    values = torch.empty(box_shape(box), dtype=torch.float32)
+                    values = empty_box(box)
                     source.read(name, box, {"weight": values}, stats)
                     found.update(values.numpy().tobytes())
     return found.hexdigest()

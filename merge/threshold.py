@@ -32,8 +32,8 @@ BETWEEN = 0.1
 """Share of a tensor that may lie between the two patterns."""
 
 Counted = TypeVar("Counted")
-Read = Callable[[Box], Sequence[torch.Tensor]]
-"""From a box to the N tensors' float32 values in it."""
+Read = Callable[[Box, Sequence[int]], Sequence[torch.Tensor]]
+"""From a box, and the numbers of some of N tensors, to their float32 values in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +65,14 @@ def _by_sample(
     read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: Sequence[int], spread: Map
 ) -> list[Cut] | None:
     """Return the cuts if the sample's bounds hold what is looked for and little else."""
-    size = prod(shape)
+    size, every = prod(shape), range(len(keep))
     wanted = max(SAMPLE, size >> 9)  # what is between, and is kept, is a smaller share the larger the tensor
     pieces = row_major_tiles(shape, PIECE)
     chosen = pieces[:: max(1, len(pieces) * PIECE // (4 * wanted))]  # everywhere: rows are not alike
     step = max(1, sum(prod(_shape(piece)) for piece in chosen) // wanted)
 
     def sample(tile: Box) -> list[np.ndarray]:
-        return [magnitudes(values).flatten()[::step].cpu().numpy().copy() for values in read(tile)]
+        return [magnitudes(values).flatten()[::step].cpu().numpy().copy() for values in read(tile, every)]
 
     def bounds_of(tiles: Sequence[Box]) -> list[tuple[int, int]]:
         samples = [np.concatenate(parts) for parts in zip(*map(sample, tiles), strict=True)]
@@ -81,7 +81,7 @@ def _by_sample(
     (bounds,) = spread(bounds_of, [chosen])  # by one for all: it is little
 
     def split(tile: Box) -> list[tuple[int, int, int, np.ndarray]]:
-        return [_split(values, *ends) for values, ends in zip(read(tile), bounds, strict=True)]
+        return [_split(values, *ends) for values, ends in zip(read(tile, every), bounds, strict=True)]
 
     found: list[list[tuple[int, int, int, np.ndarray]]] = []
     for parts in windows(split, tiles, spread, 4 * WINDOW):
@@ -133,11 +133,9 @@ def _split(values: torch.Tensor, low: int, high: int) -> tuple[int, int, int, np
 def _between(values: torch.Tensor, low: int, high: int) -> tuple[int, np.ndarray]:
     """Return how many magnitudes are above `high`, and the patterns from `low` to `high`."""
     doubled = np.left_shift(values.flatten().numpy().view(np.uint32), np.uint32(1))  # without the sign
-    above = int(np.count_nonzero(doubled > np.uint32(2 * high)))
-    doubled -= np.uint32(2 * low)  # what is below wraps around: one comparison for both ends
-    found = np.flatnonzero(doubled <= np.uint32(2 * (high - low)))  # a mask for an index takes twice as long
-    inside = (doubled[found] >> np.uint32(1)).astype(np.int32) + np.int32(low)
-    return above, inside
+    above = doubled > np.uint32(2 * high)
+    found = np.flatnonzero((doubled >= np.uint32(2 * low)) ^ above)  # a mask for an index takes twice as long
+    return int(np.count_nonzero(above)), (doubled[found] >> np.uint32(1)).astype(np.int32)
 
 
 def _between_anywhere(values: torch.Tensor, low: int, high: int) -> tuple[int, np.ndarray]:
@@ -154,10 +152,14 @@ def _cut(
         return Cut(pattern=pattern, last=prod(shape) - 1)
     before = np.cumsum([0, *equal])
     number = int(np.searchsorted(before, left)) - 1
-    bits = magnitudes(read(tiles[number])[model])
-    tied = (bits.flatten() == pattern).nonzero()[left - before[number] - 1].item()
+    tied = _equal(read(tiles[number], [model])[0], pattern)[left - before[number] - 1]
     start = sum(prod(_shape(tile)) for tile in tiles[:number])
     return Cut(pattern=pattern, last=start + int(tied))
+
+
+def _equal(values: torch.Tensor, pattern: int) -> np.ndarray:
+    """Return the row-major indices of a box's elements of a magnitude."""
+    return np.flatnonzero(np.abs(values.flatten().cpu().numpy()) == np.int32(pattern).view(np.float32))
 
 
 def _shape(box: Box) -> list[int]:
@@ -169,12 +171,14 @@ def _by_counting(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: S
     models, size = range(len(keep)), prod(shape)
 
     def high(tile: Box) -> np.ndarray:
-        return np.stack([_count(magnitudes(values).bitwise_right_shift_(LOW), 1 << 16) for values in read(tile)])
+        return np.stack(
+            [_count(magnitudes(values).bitwise_right_shift_(LOW), 1 << 16) for values in read(tile, models)]
+        )
 
     bins, left = _locate(_total(high, tiles, spread), keep)
 
     def low(tile: Box) -> np.ndarray:
-        return np.stack([_lows(values, where) for values, where in zip(read(tile), bins, strict=True)])
+        return np.stack([_lows(values, where) for values, where in zip(read(tile, models), bins, strict=True)])
 
     counts = _total(low, tiles, spread)
     lows, left = _locate(counts, left)
@@ -184,7 +188,7 @@ def _by_counting(read: Read, shape: Sequence[int], tiles: Sequence[Box], keep: S
         return [Cut(pattern=pattern, last=size - 1) for pattern in patterns]
 
     def ties(tile: Box) -> np.ndarray:
-        found = zip(read(tile), patterns, strict=True)
+        found = zip(read(tile, models), patterns, strict=True)
         return np.array([torch.count_nonzero(magnitudes(values) == pattern).item() for values, pattern in found])
 
     equal = [*windows(ties, tiles, spread)]
@@ -206,7 +210,7 @@ def trim(delta: torch.Tensor, cut: Cut, shape: Sequence[int], box: Box) -> torch
             return delta
         return _shrunk(delta, largest)
     found = _shrunk(delta.contiguous(), cut.pattern)
-    tied = np.flatnonzero((magnitudes(delta) == cut.pattern).cpu().numpy())
+    tied = _equal(delta, cut.pattern)
     places = np.unravel_index(tied, tuple(delta.shape))
     index = np.ravel_multi_index([at + part.start for at, part in zip(places, box, strict=True)], tuple(shape))
     stays = torch.from_numpy(tied[index <= cut.last]).to(delta.device)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint.source import Box, Info, Map, Source, Wrapped, box_shape, row_major_tiles
+from checkpoint.source import Box, Info, Map, Source, Wrapped, empty_box, row_major_tiles
 from merge.tokenizers import MergedVocabulary
 from parallel.errors import InputError
 
@@ -147,7 +147,7 @@ class AlignedSource(Wrapped):
         dtype, width = self._wide(name), self.infos[name].shape[1]
 
         def added_up(box: Box) -> np.ndarray:
-            values = torch.empty(box_shape(box), dtype=dtype)
+            values = empty_box(box, dtype)
             self._read_tokens(name, box, values, inner)
             return values[torch.from_numpy(named[box[0]])].double().sum(0).numpy()
 
@@ -175,7 +175,7 @@ class AlignedSource(Wrapped):
         if 0 < len(own) == count and own[0] >= 0 and (np.diff(own) == 1).all():
             old = (slice(int(own[0]), int(own[0]) + count), columns)
             return self.source.read(name, old, out, inner[self.name])  # most boxes of most models: no copy
-        values = torch.empty(box_shape(box), dtype=self._wide(name))
+        values = empty_box(box, self._wide(name))
         self._read_tokens(name, (slice(rows.start, rows.start + len(own)), columns), values[: len(own)], inner)
         if mean is not None:
             blank = np.append(~self.vocabulary.named[rows], np.ones(count - len(own), dtype=bool))

@@ -23,7 +23,7 @@ from checkpoint.source import (
     Slot,
     Source,
     WithoutState,
-    box_shape,
+    empty_box,
     row_major_tiles,
 )
 from checkpoint.streams import normal_at, uniform_at
@@ -150,7 +150,7 @@ class GrownSource:
             return stats, 0.0
 
         def square(box: Box) -> float:
-            values = torch.empty(box_shape(box))
+            values = empty_box(box)
             self.source.read(name, box, {"weight": values}, stats)
             return float(values.double().square().sum())
 
@@ -195,7 +195,7 @@ class GrownSource:
                 dtype = stored[slot]
                 if slot in out and out[slot].dtype.itemsize <= dtype.itemsize:
                     dtype = out[slot].dtype
-                values[slot] = torch.empty(box_shape(box), dtype=dtype)
+                values[slot] = empty_box(box, dtype)
         self.source.read(name, box, values, stats)
         return values
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from checkpoint.provenance import descend
-from checkpoint.source import SLOTS, Box, Info, Map, RunState, Slot, Source, Wrapped, box_shape, row_major_tiles
+from checkpoint.source import SLOTS, Box, Info, Map, RunState, Slot, Source, Wrapped, empty_box, row_major_tiles
 from parallel.errors import InputError
 
 
@@ -103,7 +103,7 @@ class VocabularySource(Wrapped):
         slot, dtype = self._mean_of(name), self._wide(name)
 
         def added_up(box: Box) -> np.ndarray:
-            values = torch.empty(box_shape(box), dtype=dtype)
+            values = empty_box(box, dtype)
             self.source.read(name, box, {slot: values}, stats)
             return values.double().sum(0).numpy()
 

@@ -33,12 +33,13 @@ def test_uniform_is_a_mix_of_key_row_and_column() -> None:
     assert uniform_at("seed/other", (rows, columns)).tolist() != wanted
 
 
-@pytest.mark.parametrize("chance", [0.5, 0.3, 0.01, 0.999, 1 / 256, 1e-9])
-def test_chosen_by_a_byte_or_else_by_a_word(chance) -> None:
+@pytest.mark.parametrize("chance", [0.5, 0.75, 0.3, 0.01, 0.999, 1 / 256, 1e-9])
+def test_chosen_by_eight_digits_or_else_by_a_word(chance) -> None:
     def chosen(key: str, row: int, column: int) -> bool:
-        byte = word(key, row, column // 4) >> 8 * (column % 4) & 255
-        return byte < int(chance * 256) or (
-            byte == int(chance * 256) and word(f"{key}/rest", row, column) < chance * 256 % 1 * 2**32
+        digits = [word(key, row, column // 32 * 8 + digit) >> column % 32 & 1 for digit in range(8)]
+        number = sum(bit << digit for digit, bit in enumerate(digits))
+        return number < int(chance * 256) or (
+            number == int(chance * 256) and word(f"{key}/rest", row, column) < chance * 256 % 1 * 2**32
         )
 
     for rows, columns in ((slice(0, 40), slice(0, 64)), (slice(5, 9), slice(6, 600)), (slice(2, 3), slice(3, 4))):
@@ -52,7 +53,7 @@ def test_as_many_are_chosen_as_asked_for_and_neighbours_are_apart(chance) -> Non
     chosen = chosen_at("a", (slice(0, 1000), slice(0, 1000)), chance).astype(float)
     deviation = (chance * (1 - chance)) ** 0.5
     assert abs(chosen.mean() - chance) < 4 * deviation / 1000
-    for shift in (1, 2, 3, 4):
+    for shift in (1, 2, 3, 4, 8, 32):
         for one, other in ((chosen[shift:], chosen[:-shift]), (chosen[:, shift:], chosen[:, :-shift])):
             assert abs(np.corrcoef(one.flatten(), other.flatten())[0, 1]) < 0.005
 

@@ -1,5 +1,6 @@
 """The streamed cut is that of a stable sort, on any tiles, however many elements tie."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
@@ -23,8 +24,8 @@ def kept_by_sort(values: torch.Tensor, keep: int) -> torch.Tensor:
 def cuts(values: list[torch.Tensor], keep: list[int], tile: int, spread=map) -> list[Cut]:
     shape = tuple(values[0].shape)
 
-    def read(box: Box) -> list[torch.Tensor]:
-        return [value[box] for value in values]
+    def read(box: Box, which: Sequence[int]) -> list[torch.Tensor]:
+        return [values[number][box] for number in which]
 
     return find_cuts(read, shape, row_major_tiles(shape, tile), keep, spread)
 
@@ -99,7 +100,7 @@ def test_a_sample_is_of_all_parts_so_that_rows_that_differ_do_not_mislead() -> N
         return map(function, items)
 
     tiles = row_major_tiles((40_000, 64))
-    (cut,) = find_cuts(lambda box: [values[box]], (40_000, 64), tiles, [20_000 * 64], spread)
+    (cut,) = find_cuts(lambda box, _: [values[box]], (40_000, 64), tiles, [20_000 * 64], spread)
     assert read == [1, len(tiles)]  # a sample, by one for all, and a pass
     assert torch.equal(trim(values, cut, (40_000, 64), full_box((40_000, 64))) != 0, kept_by_sort(values, 20_000 * 64))
 
