@@ -111,29 +111,28 @@ class Took:
 
 def anonymous(pid: int) -> int:
     """Return KiB of a process and those that it has started; what they share is counted once."""
-    total = 0
     try:
-        for one in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
-            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+        others = psutil.Process(pid).children(recursive=True)
+        # A sum over all pages that are mapped takes long enough to slow down who waits for it.
+        file, key = ("smaps_rollup", "Pss_Anon:") if others else ("status", "RssAnon:")
+        lines = [Path(f"/proc/{one}/{file}").read_text() for one in (pid, *(other.pid for other in others))]
     except (OSError, psutil.NoSuchProcess):  # one of them has just ended
         return 0
-    return total
+    return sum(int(line.split()[1]) for text in lines for line in text.splitlines() if line.startswith(key))
 
 
-def run(command: list[str], **environment: str) -> Took:
-    """Run a command and measure it and the processes that it starts."""
+def run(command: list[str], *, watched: bool = True) -> Took:
+    """Run a command and measure it and the processes that it starts; their memory if watched."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     most, stop = [0], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.05):
             most[0] = max(most[0], anonymous(process.pid))
 
-    threading.Thread(target=watch, daemon=True).start()
+    if watched:
+        threading.Thread(target=watch, daemon=True).start()
     _, errors = process.communicate()
     stop.set()
     if process.returncode:
@@ -143,8 +142,8 @@ def run(command: list[str], **environment: str) -> Took:
     return Took(wall=time.perf_counter() - began, cpu=cpu, anonymous=most[0] / 1024)
 
 
-def ours(path: Path, out: Path, *more: str) -> Took:
-    took = run([str(OURS), "merge", str(path), str(out), *more])
+def ours(path: Path, out: Path, workers: int) -> Took:
+    took = run([str(OURS), "merge", str(path), str(out), "--workers", str(workers)], watched=workers == 1)
     shutil.rmtree(out)
     return took
 
@@ -169,27 +168,33 @@ def floor(folder: Path) -> tuple[float, float]:
 def speed(folder: Path, rounds: int, methods: list[str]) -> None:
     make(folder, "572M")
     cpu_floor, wall_floor = floor(folder)
-    table = Table(title=f"5 models of 572M parameters, bfloat16, {os.cpu_count()} cores; median of {rounds} turns")
-    for column in ("method", "CPU s", "mergekit's", "times less", "wall s", "mergekit's", "times less"):
+    cores = len(os.sched_getaffinity(0))
+    table = Table(title=f"5 models of 572M parameters, bfloat16, {cores} cores; median of {rounds} turns")
+    for column in ("method", "workers", "CPU s", "mergekit's", "times less", "wall s", "mergekit's", "times less"):
         table.add_column(column, justify="right")
     for column in ("CPU / floor", "anon. MiB", "mergekit's"):
         table.add_column(column, justify="right")
     for method in methods:
-        path, pairs = recipe(folder, method), []
-        for _ in range(rounds):
-            pairs.append((ours(path, folder / "out"), theirs(path, folder / "out")))
-        mine, other = ([pair[side] for pair in pairs] for side in (0, 1))
-        row = [method]
-        for key, digits in (("cpu", 1), ("wall", 1)):
-            values = [[getattr(took, key) for took in side] for side in (mine, other)]
-            ratios = [b / a for a, b in zip(*values, strict=True)]
-            row += [f"{statistics.median(side):.{digits}f}" for side in values]
-            row.append(f"{statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]")
-        row.append(f"{statistics.median(took.cpu for took in mine) / cpu_floor:.1f}")
-        row += [f"{max(took.anonymous for took in side):.0f}" for side in (mine, other)]
-        table.add_row(*row)
-        print("  ".join(row), flush=True)
-    Console(width=160).print(table)
+        path = recipe(folder, method)
+        counts = sorted({1, cores})
+        turns = [
+            [*(ours(path, folder / "out", count) for count in counts), theirs(path, folder / "out")]
+            for _ in range(rounds)
+        ]
+        for place, count in enumerate(counts):
+            mine, other = [turn[place] for turn in turns], [turn[-1] for turn in turns]
+            row = [method, str(count)]
+            for key in ("cpu", "wall"):
+                values = [[getattr(took, key) for took in side] for side in (mine, other)]
+                ratios = [b / a for a, b in zip(*values, strict=True)]
+                row += [f"{statistics.median(side):.1f}" for side in values]
+                row.append(f"{statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]")
+            row.append(f"{statistics.median(took.cpu for took in mine) / cpu_floor:.1f}")
+            memory = [max(took.anonymous for took in side) for side in (mine, other)]
+            row += [f"{most:.0f}" if most else "" for most in memory]
+            table.add_row(*row)
+            print("  ".join(row), flush=True)
+    Console(width=170).print(table)
     print(
         f"floor: 6.9 GB read and 1.1 GB written from and to the page cache: {cpu_floor:.1f} CPU s, {wall_floor:.1f} s"
     )

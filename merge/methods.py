@@ -74,18 +74,19 @@ def ties(
     """
     products = _products(weights, factors)
     total = weighted_sum(deltas, products)
+    room = torch.empty_like(total)
     if not normalize:
         # With S = sum |w_i d_i|, and T = sum w_i d_i: those that agree with T's sign add up to +-(S + |T|) / 2.
         sizes = total.abs()
         for delta, product in zip(deltas, products, strict=True):
-            sizes.add_(delta.abs(), alpha=abs(product))
+            sizes.add_(torch.abs(delta, out=room), alpha=abs(product))
         return sizes.mul_(scale / 2).mul_(_elected(total)).add_(base)
     sign = _elected(total)
     merged, divisor = total.zero_(), torch.zeros_like(base)
     for delta, product, weight in zip(deltas, products, weights, strict=True):
         if product == 0:
             continue
-        agrees = (delta * sign).clamp_(**({"min": 0.0} if product > 0 else {"max": 0.0}))
+        agrees = torch.mul(delta, sign, out=room).clamp_(**({"min": 0.0} if product > 0 else {"max": 0.0}))
         merged.add_(agrees, alpha=product)
         divisor.add_(agrees.sign_(), alpha=weight if product > 0 else -weight)
     return merged.div_(_no_zeros(divisor, weights)).mul_(sign).mul_(scale).add_(base)

@@ -80,8 +80,10 @@ def collect(
     def sums(tile: Box) -> np.ndarray:
         """Return sums of magnitudes, before and after; of a tile in float32, of all in float64."""
         total = np.zeros((2, len(rescaled)))
-        for place, (number, delta) in enumerate(zip(rescaled, read(tile, rescaled), strict=True)):
-            sizes = delta.abs()
+        deltas = read(tile, rescaled)
+        room = torch.empty_like(deltas[0])
+        for place, (number, delta) in enumerate(zip(rescaled, deltas, strict=True)):
+            sizes = torch.abs(delta, out=room)
             kept = keep(sparsifiers[number], name, sizes, found[number], shape, tile)
             total[:, place] = sizes.sum().item(), kept.sum().item()
         return total
