@@ -1,8 +1,8 @@
 """Merging against mergekit 0.1.5, in turn: CPU seconds, wall, memory; inside a limit; and a sweep in one pass.
 
-python benchmarks/merge.py                 # 5 models of 572M parameters: 7 GB of disk, mergekit takes minutes
-python benchmarks/merge.py --memory        # every streaming method inside 1.5 GiB, page cache counted (root)
-python benchmarks/merge.py --sweep         # 26 subsets x 5 methods of 180M: 50 GB of disk
+python benchmarks/merging.py                 # 5 models of 572M parameters: 7 GB of disk, mergekit takes minutes
+python benchmarks/merging.py --memory        # every streaming method inside 1.5 GiB, page cache counted (root)
+python benchmarks/merging.py --sweep         # 26 subsets x 5 methods of 180M: 50 GB of disk
 """
 
 import argparse
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from merge.table import METHODS as ALL
 from parallel.families import family_of
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "merge" / "parity"))
@@ -44,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dare_ties": {"weight": 0.2, "density": 0.5},
 }
 """The paper's."""
+STREAMING = [name for name in ALL if name not in ("fisher", "regmean", "tsv")]
+"""Those that need neither statistics nor whole matrices."""
 BASED = ("task_arithmetic", "ties", "dare_ties")
 OURS = Path(sys.executable).parent / "growmerge"
 
@@ -200,15 +203,13 @@ def speed(folder: Path, rounds: int, methods: list[str]) -> None:
     )
 
 
-def memory(folder: Path) -> None:
-    """Merge by every streaming method inside the limit."""
-    from merge.table import METHODS as ALL
-
+def memory(folder: Path, methods: list[str]) -> None:
+    """Merge by streaming methods inside the limit."""
     make(folder, "572M")
     table = Table(title="5 models of 572M parameters, 2 workers, inside 1.5 GiB with the page cache")
     for column in ("method", "seconds", "anonymous memory at most, MiB"):
         table.add_column(column, justify="right")
-    for method in [name for name in ALL if name not in ("fisher", "regmean", "tsv")]:
+    for method in methods:
         takes = ALL[method]
         count = min(len(LANGUAGES), takes.most or len(LANGUAGES))
         parameters = {"weight": 0.2, "density": 0.5, "t": 0.3, "select_topk": 0.5}
@@ -272,16 +273,16 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="the memory part instead")
     parser.add_argument("--sweep", action="store_true", help="the sweep instead")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
+    parser.add_argument("--methods", nargs="+", help="some of them", choices=STREAMING)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder = Path(name).absolute()
         if given.memory:
-            memory(folder)
+            memory(folder, given.methods or STREAMING)
         elif given.sweep:
             sweep(folder)
         else:
-            speed(folder, given.rounds, given.methods)
+            speed(folder, given.rounds, given.methods or [*METHODS])
 
 
 if __name__ == "__main__":
