@@ -21,7 +21,6 @@ from checkpoint.manifest import BLOCK
 from checkpoint.source import Source, box_shape, empty_box, flat_tiles
 from checkpoint.team import Member, go_through
 from parallel.errors import InputError
-from parallel.memory import give_back_freed
 
 PIECE = 2**18
 """Bytes a call writes. For 16 MiB at once ext4 looks for huge pages, which took four times as long on Linux 6.18."""
@@ -85,8 +84,6 @@ def fill(
             known = fresh
             for found in member.share(partial(_fill_block, sources, known, handles), part):
                 member.tell(found)
-            if start // member.width % 16 == 15:
-                give_back_freed()
 
     ready: dict[int, list[str]] = {}
     told = 0

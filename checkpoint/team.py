@@ -23,12 +23,14 @@ import torch
 
 from checkpoint.source import In, Out
 from parallel.errors import InputError
-from parallel.memory import available_memory
+from parallel.memory import available_memory, give_back_freed
 
 MOST = 256
 """Members at most: each takes three of a process' files."""
 MEMORY = 1 << 29
 """Bytes that a member of those that write checkpoints may want."""
+SPARE = 1 << 26
+"""Bytes that a process keeps of what it has freed: tensors that torch takes leave holes that the next do not fit."""
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux."""
 
@@ -64,7 +66,13 @@ class Member:
 
     def share(self, function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
         """Map a function over those of the items that are this member's."""
-        return map(function, items[self.number :: self.count])
+        return self._each(function, items[self.number :: self.count])
+
+    @staticmethod
+    def _each(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
+        for item in items:
+            yield function(item)
+            give_back_freed(above=SPARE)
 
     def spread(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
         """Map a function over items, each of which one member does; called by all in the same order.
@@ -72,7 +80,7 @@ class Member:
         Results are as of `map`: numbers, text or numpy arrays, for they go from one process to another. What a function
         changes it changes for one member alone.
         """
-        mine = [function(item) for item in list(items)[self.number :: self.count]]
+        mine = [*self._each(function, list(items)[self.number :: self.count])]
         found = self.exchange(mine)
         return (found[at % self.count][at // self.count] for at in range(sum(map(len, found))))
 
@@ -113,7 +121,7 @@ class _Single(Member):
         return self.threads
 
     def share(self, function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-        return self.pool.map(function, items) if self.threads > 1 else map(function, items)
+        return self.pool.map(function, items) if self.threads > 1 else self._each(function, items)
 
     def spread(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
         return self.share(function, [*items])

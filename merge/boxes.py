@@ -222,11 +222,10 @@ def ram_stats(stack: Stack, spread: Map) -> list[float]:
     shared = stack.order.shared
 
     def counts(tile: Box) -> np.ndarray:
-        active = torch.stack([delta.abs() > shared["epsilon"] for delta in stack.deltas(tile)])
-        alone = active.sum(dim=0) == 1
-        mine = active & alone
-        counts = torch.stack([(active & ~alone).flatten(1).sum(dim=1), mine.flatten(1).sum(dim=1)])
-        return counts.cpu().numpy()
+        active = [delta.abs() > shared["epsilon"] for delta in stack.deltas(tile)]
+        alone = methods.how_many(active) == 1
+        mine = np.array([torch.count_nonzero(one & alone).item() for one in active])
+        return np.stack([[torch.count_nonzero(one).item() for one in active] - mine, mine])
 
     common, unique = sum(spread(counts, stack.tiles), np.zeros((2, stack.count)))
     ratio = common / unique.clip(min=shared["epsilon"])

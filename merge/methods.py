@@ -130,8 +130,12 @@ def sce(base: torch.Tensor, deltas: Sequence[torch.Tensor], weights: Sequence[fl
 
 def variance(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return each element's variance over the models (of the population), in float32."""
-    stacked = torch.stack(list(deltas))
-    return (stacked - stacked.mean(dim=0)).square_().mean(dim=0)
+    mean = weighted_sum(deltas, [1.0] * len(deltas)).div_(len(deltas))
+    total, room = torch.zeros_like(mean), torch.empty_like(mean)
+    for delta in deltas:
+        torch.sub(delta, mean, out=room)
+        total.addcmul_(room, room)
+    return total.div_(len(deltas))
 
 
 def ram(
@@ -144,11 +148,19 @@ def ram(
         unique: a factor a model of what it alone has changed; 1 by default (RAM+ has others).
     """
     active = [delta.abs() > epsilon for delta in deltas]
-    count = torch.stack(active).sum(dim=0)
+    count = how_many(active)
     merged = torch.zeros_like(base)
     for delta, mine, factor in zip(deltas, active, unique or [1.0] * len(deltas), strict=True):
         merged += torch.where(mine, torch.where(count == 1, delta * factor, delta / count), 0.0)
     return merged.add_(base)
+
+
+def how_many(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return of how many masks each element is, int16."""
+    total = masks[0].to(torch.int16)
+    for mask in masks[1:]:
+        total += mask
+    return total
 
 
 def nearswap(base: torch.Tensor, other: torch.Tensor, *, t: float) -> torch.Tensor:

@@ -7,18 +7,30 @@ import psutil
 
 _LIBC = ctypes.CDLL(None)
 _TRIM, _OPTION = getattr(_LIBC, "malloc_trim", None), getattr(_LIBC, "mallopt", None)
+_INFO = getattr(_LIBC, "mallinfo2", None)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's names of what is set, M_TRIM_THRESHOLD and so on."""
 
 
-def give_back_freed() -> None:
-    """Give the pages of freed tensors back to the system.
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, all sizes in bytes."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+def give_back_freed(above: int = 0) -> None:
+    """Give the pages of freed tensors back to the system, if they are more than so many bytes.
 
     glibc keeps them for later, in pieces that fit nothing: the heap of a writer grew by 54 MiB over 3.6 GB
     written, that of a model read a module at a time by half of the model's size in float32.
     """
-    if _TRIM is not None:
+    if _TRIM is not None and (above == 0 or _INFO is None or _INFO().fordblks > above):
         _TRIM(0)
+
+
+if _INFO is not None:
+    _INFO.restype = _Mallinfo
 
 
 def keep_freed() -> None:

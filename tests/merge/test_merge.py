@@ -228,3 +228,14 @@ def test_a_value_that_is_not_finite_is_never_lost(case, value, tmp_path) -> None
         merged = merge(sources[1:], method, base=sources[0] if based else None, weights=weights, parameters=parameters)
         with pytest.raises(InputError, match=f"{spoilt}.*{MATRIX} holds a value that is not finite"):
             read_tensor(merged, MATRIX)
+
+
+@pytest.mark.parametrize("nothing", [{"weight": [0.0, 1.0]}, {"density": [0.0, 0.5]}])
+def test_nor_in_a_model_of_which_nothing_counts(nothing) -> None:
+    sources = [model(seed) for seed in range(3)]
+    tensor = sources[1].tensors[MATRIX].clone()
+    tensor[0, 0] = torch.nan
+    spoilt = with_tensor(sources[1], MATRIX, tensor)
+    merged = merge([spoilt, sources[2]], "ties", base=sources[0], parameters={"density": 0.5, **nothing})
+    with pytest.raises(InputError, match=f"model 1.*{MATRIX} holds a value that is not finite"):
+        read_tensor(merged, MATRIX)
