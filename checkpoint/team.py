@@ -30,7 +30,7 @@ MOST = 256
 MEMORY = 1 << 29
 """Bytes that a member of those that write checkpoints may want."""
 SPARE = 1 << 26
-"""Bytes that a process keeps of what it has freed: tensors that torch takes leave holes that the next do not fit."""
+"""Bytes by which a process may grow over what it needs: what torch frees is holes that its next tensors do not fit."""
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux."""
 

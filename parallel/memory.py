@@ -1,36 +1,38 @@
 """How much memory a process may still take, within the limit of its cgroup; and giving back what it no longer needs."""
 
 import ctypes
+import resource
 from pathlib import Path
 
 import psutil
 
 _LIBC = ctypes.CDLL(None)
 _TRIM, _OPTION = getattr(_LIBC, "malloc_trim", None), getattr(_LIBC, "mallopt", None)
-_INFO = getattr(_LIBC, "mallinfo2", None)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's names of what is set, M_TRIM_THRESHOLD and so on."""
 
 
-class _Mallinfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`, all sizes in bytes."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+_after = 0
+"""Bytes of memory without a file that this process had when it last gave some back."""
 
 
 def give_back_freed(above: int = 0) -> None:
-    """Give the pages of freed tensors back to the system, if they are more than so many bytes.
+    """Give the pages of freed tensors back to the system, if memory has grown by so many bytes since the last time.
 
     glibc keeps them for later, in pieces that fit nothing: the heap of a writer grew by 54 MiB over 3.6 GB
     written, that of a model read a module at a time by half of the model's size in float32.
     """
-    if _TRIM is not None and (above == 0 or _INFO is None or _INFO().fordblks > above):
-        _TRIM(0)
+    global _after
+    if _TRIM is None or (above and _anonymous() < _after + above):
+        return
+    _TRIM(0)
+    _after = _anonymous()
 
 
-if _INFO is not None:
-    _INFO.restype = _Mallinfo
+def _anonymous() -> int:
+    """Return bytes of this process' memory that no file holds."""
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_bytes().split())
+    return (resident - shared) * resource.getpagesize()
 
 
 def keep_freed() -> None:

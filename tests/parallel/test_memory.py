@@ -42,6 +42,7 @@ from parallel.memory import give_back_freed, keep_freed
 
 def resident(): return psutil.Process().memory_info().rss >> 20
 keep_freed()
+give_back_freed()
 tensors = [torch.ones(1 << 18) for _ in range(200)]
 del tensors[:199]  # the last one keeps the heap's end where it is
 freed = resident()
