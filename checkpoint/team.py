@@ -66,12 +66,12 @@ class Member:
 
     def share(self, function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
         """Map a function over those of the items that are this member's."""
-        return self._each(function, items[self.number :: self.count])
+        return self._each(map(function, items[self.number :: self.count]))
 
     @staticmethod
-    def _each(function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-        for item in items:
-            yield function(item)
+    def _each(found: Iterable[Out]) -> Iterator[Out]:
+        for one in found:
+            yield one
             give_back_freed(above=SPARE)
 
     def spread(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
@@ -80,7 +80,7 @@ class Member:
         Results are as of `map`: numbers, text or numpy arrays, for they go from one process to another. What a function
         changes it changes for one member alone.
         """
-        mine = [*self._each(function, list(items)[self.number :: self.count])]
+        mine = [*self._each(map(function, list(items)[self.number :: self.count]))]
         found = self.exchange(mine)
         return (found[at % self.count][at // self.count] for at in range(sum(map(len, found))))
 
@@ -121,7 +121,7 @@ class _Single(Member):
         return self.threads
 
     def share(self, function: Callable[[In], Out], items: Sequence[In]) -> Iterator[Out]:
-        return self.pool.map(function, items) if self.threads > 1 else self._each(function, items)
+        return self._each(self.pool.map(function, items) if self.threads > 1 else map(function, items))
 
     def spread(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
         return self.share(function, [*items])
