@@ -1,29 +1,25 @@
 """Filling files that are laid out alike, block by block: one for a checkpoint, or one for each of many merges.
 
 Blocks (16 MiB, as the manifest hashes them) are dealt out to the members of a team. One takes a block of all files at
-once and goes through it piece by piece, so that a source that many files read from is read once. What it fills it
-hashes and writes: no byte is read again.
+once and goes through it piece by piece, so that a source that many files read from is read once. What it fills is
+hashed and written behind it: no byte is read again.
 """
 
 import math
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import xxhash
 
+from checkpoint.behind import ALIGN, PIECE, Behind, aligned
 from checkpoint.layout import Fragment
 from checkpoint.manifest import BLOCK
-from checkpoint.source import Source, box_shape, empty_box, flat_tiles
+from checkpoint.source import Source, box_shape, flat_tiles
 from checkpoint.team import Member, go_through
-from parallel.errors import InputError
-
-PIECE = 2**18
-"""Bytes a call writes. For 16 MiB at once ext4 looks for huge pages, which took four times as long on Linux 6.18."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +47,7 @@ def fill(
     sources: Sequence[Source],
     fragments: Sequence[Fragment],
     handles: Sequence[int],
+    past: Sequence[int | None],
     *,
     workers: int,
     together: bool,
@@ -61,6 +58,7 @@ def fill(
 
     Args:
         handles: of the files, one a source.
+        past: further ones, past the page cache (`checkpoint.behind`).
         workers: processes; threads of this one if the sources want to share memory (`together`).
         first: number of the block to begin with.
         done: called with each block's checksums, one a file, in the order of the blocks.
@@ -82,7 +80,7 @@ def fill(
                 for source, stats, own in zip(sources, known, fresh, strict=True):  # they ask for much the same
                     own[name] = stats[name] if name in stats else source.collect(name, member.spread)
             known = fresh
-            for found in member.share(partial(_fill_block, sources, known, handles), part):
+            for found in member.share(partial(_fill_block, sources, known, handles, past), part):
                 member.tell(found)
 
     ready: dict[int, list[str]] = {}
@@ -113,28 +111,50 @@ def _span(source: Source, fragment: Fragment) -> Span:
 
 
 def _fill_block(
-    sources: Sequence[Source], stats: Sequence[Mapping[str, Any]], handles: Sequence[int], block: Block
+    sources: Sequence[Source],
+    stats: Sequence[Mapping[str, Any]],
+    handles: Sequence[int],
+    past: Sequence[int | None],
+    block: Block,
 ) -> tuple[int, list[str]]:
     """Fill a block of all files, write it, and return its number and checksums."""
-    begin, end = block.begin, block.end
     piece = max(2 * PIECE, BLOCK // len(sources) // PIECE * PIECE)
-    buffers = empty_box((slice(0, len(sources)), slice(0, piece)), torch.uint8)
-    digests = [xxhash.xxh3_128() for _ in sources]
-    for low in range(begin, end, piece):
-        high = min(low + piece, end)
-        filled = buffers[:, : high - low]
-        within = [span for span in block.spans if span.start < high and span.stop > low]
-        if sum(min(span.stop, high) - max(span.start, low) for span in within) < high - low:
-            for data, handle in zip(filled, handles, strict=True):
-                os.preadv(handle, [data.numpy()], low)  # headers, and gaps between records
-        for span in within:
-            _fill_span(sources, span, stats, filled, low, high)
-        for data, handle, digest in zip(filled, handles, digests, strict=True):
-            digest.update(data.numpy())
-            _write_all(handle, memoryview(data.numpy()), low)
-            # Linux starts to write what is advised so: the file's sync then finds little left to wait for.
-            os.posix_fadvise(handle, low, high - low, os.POSIX_FADV_DONTNEED)
-    return block.number, [digest.hexdigest() for digest in digests]
+    room, other = (aligned(len(sources), piece + ALIGN) for _ in range(2))  # one is filled, the other one written
+    start = block.begin
+    """Where in the files the room begins."""
+    with Behind(handles, past) as behind:
+        for low, high in _pieces(sources[0], block, piece):
+            filled = room[:, low - start : high - start]
+            within = [span for span in block.spans if span.start < high and span.stop > low]
+            if sum(min(span.stop, high) - max(span.start, low) for span in within) < high - low:
+                for data, handle in zip(filled, handles, strict=True):
+                    os.preadv(handle, [data.numpy()], low)  # headers, and gaps between records
+            for span in within:
+                _fill_span(sources, span, stats, filled, low, high)
+            until = high if high == block.end else high - high % ALIGN
+            behind.append(room[:, : until - start], start)
+            other[:, : high - until] = room[:, until - start : high - start]
+            room, other, start = other, room, until
+        return block.number, behind.hashes()
+
+
+def _pieces(source: Source, block: Block, piece: int) -> Iterator[tuple[int, int]]:
+    """Cut a block into pieces of so many bytes at most that end where a row does: parts of rows are tiles of their own.
+
+    Each tile costs the same however small it is.
+    """
+    low = block.begin
+    while low < block.end:
+        high = min(low + piece, block.end)
+        span = next((span for span in block.spans if span.start < high < span.stop), None)
+        if span is not None and high < block.end:
+            size = span.fragment.dtype.itemsize
+            shape = source.infos[span.fragment.tensor].shape
+            over = (span.first + (high - span.start) // size) % max(1, *shape[-1:]) * size
+            if over < min(high - low, high - span.start):
+                high -= over
+        yield low, high
+        low = high
 
 
 def _fill_span(
@@ -157,11 +177,3 @@ def _fill_span(
         for source, known, out in zip(sources, stats, outs, strict=True):
             source.read(name, box, {span.fragment.slot: out[at : at + count].view(shape)}, known[name])
         at += count
-
-
-def _write_all(handle: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(handle, data[:PIECE], offset)
-        if done == 0:
-            raise InputError("a write to the checkpoint wrote nothing")
-        data, offset = data[done:], offset + done

@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint.behind import open_past_cache
 from checkpoint.blocks import fill
 from checkpoint.files import disk_errors, inside, read_json, write_bytes, write_json
 from checkpoint.layout import FilePlan, Fragment, Layout
@@ -27,7 +29,9 @@ from parallel.memory import keep_freed
 PROGRESS = ".unfinished.json"
 """What an unfinished folder has of its files, and of what they are; gone once the manifest is there."""
 EVERY_S = 15.0
-"""Seconds between two notes of how far a file is."""
+"""Seconds between two notes of how far files are, at least."""
+SHARE = 20
+"""So many times as long as a note took: of hundreds of files, each has to be on disk first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,38 +196,58 @@ def _write_file(jobs: Sequence[_Job], number: int, workers: int) -> None:
     with disk_errors(jobs[0].path(name)), _handles([job.path(name) for job in jobs]) as opened:
         fragments = [job.begin_file(job.plans[number], first) for job in jobs]
         assert all(one == fragments[0] for one in fragments), f"{name}: layouts differ"
-        handles = opened()
-        noted = time.monotonic()
+        handles, past = opened()
+        due = time.monotonic() + EVERY_S
+
+        def note(job: _Job, handle: int) -> None:
+            os.fdatasync(handle)
+            job.note()
 
         def done(digests: Sequence[str]) -> None:
-            nonlocal noted
+            nonlocal due
             for job, digest in zip(jobs, digests, strict=True):
                 job.part.append(digest)
             point(f"write/{name}/{len(jobs[0].part)}")
-            if time.monotonic() > noted + EVERY_S:
-                for job, handle in zip(jobs, handles, strict=True):
-                    os.fdatasync(handle)
-                    job.note()
-                noted = time.monotonic()
+            begun = time.monotonic()
+            if begun > due:
+                _at_once(note, jobs, handles)
+                ended = time.monotonic()
+                due = ended + max(EVERY_S, SHARE * (ended - begun))
 
         sources = [job.plans[number].source or job.output.source for job in jobs]
         # On a GPU, or with whole tensors in memory, once for all: workers are threads then.
         together = any(getattr(job.output.source, "one_process", False) for job in jobs)
-        fill(sources, fragments[0], handles, workers=workers, together=together, first=first, done=done)
-        for handle in handles:
-            os.fsync(handle)
+        fill(sources, fragments[0], handles, past, workers=workers, together=together, first=first, done=done)
+        _at_once(os.fsync, handles)
+
+
+def _at_once(what: Callable[..., None], *each: Sequence[Any]) -> None:
+    """Have files on disk: a file system has one journal, and writes it for each file that asks alone."""
+    with ThreadPoolExecutor(max_workers=min(len(each[0]), 32)) as pool:
+        for _ in pool.map(what, *each):
+            pass
 
 
 @contextmanager
 def _handles(paths: Sequence[Path]) -> Iterator[Any]:
-    """Give a function that opens the files; remove them if writing fails (on a full disk their room is wanted)."""
+    """Give a function that opens the files, and once more past the page cache if they are too much for it.
+
+    They are removed if writing fails: on a full disk their room is wanted.
+    """
     with ExitStack() as stack:
 
-        def opened() -> list[int]:
-            handles = [os.open(path, os.O_RDWR) for path in paths]
-            for handle in handles:
-                stack.callback(os.close, handle)
-            return handles
+        def opened() -> tuple[list[int], list[int | None]]:
+            handles: list[int] = []
+            past: list[int | None] = []
+            for path in paths:
+                handles.append(os.open(path, os.O_RDWR))
+                stack.callback(os.close, handles[-1])
+            size = sum(os.fstat(handle).st_size for handle in handles)
+            for path in paths:
+                past.append(open_past_cache(path, size))
+                if past[-1] is not None:
+                    stack.callback(os.close, past[-1])
+            return handles, past
 
         try:
             yield opened

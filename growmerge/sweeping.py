@@ -71,7 +71,10 @@ def _applied(
     sweep: Sweep, group: Sequence[Merge], seed: int, allow_unrelated: bool, device: str
 ) -> tuple[dict[str, Applied], Models]:
     """Open what a group shares, once, and apply each recipe to it."""
-    recipes = {merge.name: parse_recipe(merge.recipe(), sweep.file.parent / f"{merge.name}.yml") for merge in group}
+    # Subset after subset as in a dictionary: each goes on from sums of its first models, which the last one had too.
+    places = {name: place for place, name in enumerate(dict.fromkeys(name for merge in group for name in merge.models))}
+    in_order = sorted(group, key=lambda one: (one.method, str(one.parameters), [places[name] for name in one.models]))
+    recipes = {one.name: parse_recipe(one.recipe(), sweep.file.parent / f"{one.name}.yml") for one in in_order}
     models = Models(file=sweep.file, recipe=next(iter(recipes.values())))
     opened = {}
     for name in dict.fromkeys(name for recipe in recipes.values() for name in recipe.models):

@@ -15,7 +15,8 @@ from merge.threshold import Cut, find_cuts, trim
 
 
 def linear(stack: Stack, box: Box, stats: None) -> torch.Tensor:
-    return methods.linear(stack.values(box), stack.weights, normalize=stack.order.shared["normalize"])
+    weights, fold = stack.weights, stack.fold(box, "linear", stack.weights)
+    return methods.linear(stack.values(box), weights, normalize=stack.order.shared["normalize"], fold=fold)
 
 
 def passthrough(stack: Stack, box: Box, stats: None) -> torch.Tensor:
@@ -72,6 +73,7 @@ def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
             deltas = [stack.kept(number, one, kept, box) for number, (one, kept) in enumerate(stats)]
             factors = [kept.factor for _, kept in stats]
         shared = stack.order.shared
+        each = [*zip(stack.weights, [one for one, _ in stats] if stats else stack.weights, strict=True)]
         return combine(
             stack.base(box),
             deltas,
@@ -79,6 +81,7 @@ def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
             scale=shared["lambda"],
             normalize=shared["normalize"],
             factors=factors,
+            fold=stack.fold(box, (combine, shared["normalize"]), each),
         )
 
     def drops(order: Order) -> bool:

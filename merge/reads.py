@@ -1,10 +1,10 @@
 """Boxes of several models in float32, each read once however many merges ask for it."""
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from checkpoint.source import Box, Map, Source, empty_box
@@ -80,7 +80,7 @@ class Reads:
                 self._of_tensor[name] = {}
             return self._of_tensor[name]
 
-    def once_a_box(self, name: str, box: Box, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def once_a_box(self, name: str, box: Box, key: Any, make: Callable[[], Made]) -> Made:
         """Return what this thread made for this key when it was last at the same box, or make it.
 
         What is returned must not be changed.
@@ -88,12 +88,13 @@ class Reads:
         known = self._known(name, box)
         if key not in known:
             known[key] = make()
-        return known[key]
+        found: Made = known[key]
+        return found
 
-    def _known(self, name: str, box: Box) -> dict[Any, torch.Tensor]:
+    def _known(self, name: str, box: Box) -> dict[Any, Any]:
         if getattr(self._of_box, "box", None) != box or self._of_box.name != name:
             self._of_box.name, self._of_box.box, self._of_box.known = name, box, {}
-        known: dict[Any, torch.Tensor] = self._of_box.known
+        known: dict[Any, Any] = self._of_box.known
         return known
 
     def collect(self, name: str, operand: Operand, spread: Map) -> Any:
@@ -129,6 +130,20 @@ class Reads:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Return whether all values are finite; a third of a pass over them if so."""
-    # The sum of finite numbers may be too large; a number that is not finite makes it so for certain.
-    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(torch.isfinite(values).all())
+    """Return whether all values are finite."""
+    if values.dtype not in _INFINITY or values.device.type != "cpu" or not values.numel():
+        return bool(torch.isfinite(values).all())
+    # As integers infinity and NaN come last: with a sign above all unsigned ones, without it above all signed ones. A
+    # tenth of the time of a sum.
+    bits, unsigned, infinity, negative = _INFINITY[values.dtype]
+    whole = values.view(bits).numpy()
+    highest = np.maximum.reduce(whole, None), np.maximum.reduce(whole.view(unsigned), None)
+    return bool(highest[0] < infinity and highest[1] < negative)
+
+
+_INFINITY = {
+    torch.float32: (torch.int32, np.uint32, 0x7F800000, 0xFF800000),
+    torch.bfloat16: (torch.int16, np.uint16, 0x7F80, 0xFF80),
+    torch.float16: (torch.int16, np.uint16, 0x7C00, 0xFC00),
+}
+"""Dtypes of as many bits, and the bits of infinity and of -infinity."""

@@ -6,6 +6,7 @@ method's default. A gradient runs over the layers of its slice; what is before a
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from checkpoint.source import Source
@@ -46,6 +47,17 @@ class _Resolver:
     sources: Sequence[Source]
     used: set[int] = field(default_factory=set)
     """id of every Setting that some tensor has."""
+    same: Any = ()
+    """The settings of the last tensor."""
+
+    @cached_property
+    def varies(self) -> bool:
+        """Whether tensors differ in their settings."""
+        parts = self.recipe.slices
+        places = [self.recipe.parameters, self.recipe.module, *(part.parameters for part in parts)]
+        places += [one.parameters for part in parts for one in part.inputs]
+        settings = [setting for place in places for given in place.values() for setting in given.settings]
+        return len(parts) > 1 or any(setting.gradient or setting.filter is not None for setting in settings)
 
     def slices(self) -> list[_Tensors]:
         """Return the slices with all their layers written out, and the base among the inputs where it is one."""
@@ -92,6 +104,24 @@ class _Resolver:
             names: of the inputs' tensors; an alias is read from its owner, but filters see its own name.
             t: how far in its slice its layer is, 0 to 1.
         """
+        operands, base = [], None
+        for one, their in zip(tensors.inputs, names, strict=True):
+            number = self.models[one.model]
+            info = self.sources[number].infos.get(their)
+            operand = Operand(model=number, name=info.tied_to if info is not None and info.tied_to else their)
+            if one.model == tensors.base:
+                base = operand
+            else:
+                operands.append(operand)
+        if not self.same or self.varies:
+            self.same = self._settings(name, tensors, t, names)
+        shared, each = self.same
+        return Order(operands=tuple(operands), base=base, shared=shared, each=each)
+
+    def _settings(
+        self, name: str, tensors: _Tensors, t: float, names: Sequence[str]
+    ) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+        """Return the method's parameters for a tensor: those of all models, and those that each has of its own."""
         recipe, part = self.recipe, tensors.part
         takes = METHODS[recipe.method].parameters
         outer = (part.parameters, recipe.module, recipe.parameters)
@@ -100,24 +130,20 @@ class _Resolver:
             for key, parameter in takes.items()
             if not parameter.each
         }
-        operands, base = [], None
-        each: dict[str, list[Any]] = {key: [] for key, parameter in takes.items() if parameter.each}
-        for one, their in zip(tensors.inputs, names, strict=True):
-            number = self.models[one.model]
-            info = self.sources[number].infos.get(their)
-            operand = Operand(model=number, name=info.tied_to if info is not None and info.tied_to else their)
-            if one.model == tensors.base:
-                base = operand
-                continue
-            operands.append(operand)
-            for key, values in each.items():
-                values.append(self._value(takes[key], key, (one.parameters, *outer), their, t, one.line, one.model))
-        chosen = {key: tuple(values) for key, values in each.items()}
+        merged = [(one, their) for one, their in zip(tensors.inputs, names, strict=True) if one.model != tensors.base]
+        each = {
+            key: tuple(
+                self._value(parameter, key, (one.parameters, *outer), their, t, one.line, one.model)
+                for one, their in merged
+            )
+            for key, parameter in takes.items()
+            if parameter.each
+        }
         try:
-            check_together(recipe.method, shared, chosen)
+            check_together(recipe.method, shared, each)
         except InputError as error:
             raise self._error(part.line, f"{name}: {error}") from None
-        return Order(operands=tuple(operands), base=base, shared=shared, each=chosen)
+        return shared, each
 
     def _value(
         self,
@@ -263,9 +289,9 @@ def _config(
 
 def _name_in(family: Family, tensor: Tensor, one: Input, inside: int) -> str:
     """Return the name of a model's tensor for one of the merged model."""
-    if tensor.layer is not None and one.layers is not None:
-        return family.in_layer(tensor, one.layers[0] + inside)
-    return tensor.name
+    if tensor.layer is None or one.layers is None or one.layers[0] + inside == tensor.layer:
+        return tensor.name
+    return family.in_layer(tensor, one.layers[0] + inside)
 
 
 def _unused(resolver: _Resolver) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from checkpoint.source import Box, Map, row_major_tiles
-from merge import sparsify
+from merge import methods, sparsify
 from merge.reads import Operand, Reads
 from merge.sparsify import Kept, Sparsifier
 from merge.threshold import WINDOW, windows
@@ -136,6 +136,30 @@ class Stack:
     def _once_a_sweep(self, box: Box, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what merges side by side ask for in turn; a single one asks once."""
         return self.reads.once_a_box(self.name, box, key, make) if self.reads.together else make()
+
+    def fold(self, box: Box, what: Any, each: Sequence[Any]) -> methods.Fold:
+        """Return how a method sums over the models in a box: of merges side by side, from where the sum of the last
+        one's models is that of this one's first ones.
+
+        Args:
+            what: is summed.
+            each: what the sum depends on beside that, of each model.
+        """
+        if not self.reads.together:
+            return methods.in_turn
+        keys = [*zip(self.order.operands, each, strict=True)]
+        sums: Any = self.reads.once_a_box(self.name, box, ("sums", what, self.order.base), list)
+
+        def fold(step: methods.Step, count: int) -> Any:
+            same = 0
+            while same < min(count, len(sums)) and sums[same][0] == keys[same]:
+                same += 1
+            del sums[same:]
+            for number in range(same, count):
+                sums.append((keys[number], step(number, sums[-1][1] if sums else None, None)))
+            return sums[-1][1]
+
+        return fold
 
     def deltas(self, box: Box) -> list[torch.Tensor]:
         return [self.delta(number, box) for number in range(self.count)]

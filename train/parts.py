@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from checkpoint import manifest
-from checkpoint.blocks import PIECE
+from checkpoint.behind import PIECE
 from checkpoint.files import disk_errors, read_json, write_bytes, write_json
 from checkpoint.manifest import BLOCK
 from parallel.errors import InputError

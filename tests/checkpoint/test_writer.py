@@ -1,15 +1,19 @@
 """The writer: many checkpoints side by side are those written alone, and what is interrupted goes on within a file."""
 
+import contextlib
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+import xxhash
 from tiny import tiny_config
 
 import checkpoint.writer as writing
-from checkpoint import manifest
+from checkpoint import behind, blocks, manifest
+from checkpoint.layout import Fragment
 from checkpoint.memory import ScratchSource
 from checkpoint.safetensors import SafetensorsLayout, open_safetensors
 from checkpoint.source import Wrapped, read_tensor
@@ -149,3 +153,71 @@ def test_a_claim_goes_before_the_file_that_it_is_about(tmp_path, monkeypatch):
         write_checkpoints(pair, SafetensorsLayout())
     write_checkpoints([Output(source=source(), **one)], SafetensorsLayout())
     assert torch.equal(read_tensor(open_safetensors(tmp_path / "one"), EMBEDDING), read_tensor(source(), EMBEDDING))
+
+
+@pytest.mark.parametrize("layout", [SafetensorsLayout(), Zero3Layout(ranks=3, bf16=False)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_past_the_page_cache_the_bytes_are_the_same(tmp_path, monkeypatch, layout, workers):
+    """Files that begin with a header, are longer than a block and end in no multiple of anything."""
+    hash_of = write_checkpoint(source(), tmp_path / "cached", layout, about={}, workers=workers)
+    monkeypatch.setattr(behind, "available_memory", lambda: 0)
+    opened = []
+
+    def opening(path, size):
+        opened.append(behind.open_past_cache(path, size))
+        return opened[-1]
+
+    monkeypatch.setattr(writing, "open_past_cache", opening)
+    assert write_checkpoint(source(), tmp_path / "past", layout, about={}, workers=workers) == hash_of
+    assert None not in opened
+    assert files(tmp_path / "past") == files(tmp_path / "cached")
+    assert all(len(data) % behind.ALIGN for data in files(tmp_path / "past").values())
+    manifest.check(tmp_path / "past")
+
+
+def test_what_fits_the_page_cache_stays_there(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    assert behind.open_past_cache(path, behind.available_memory() // 2) is None
+
+
+def test_what_is_no_whole_multiple_is_written_all_the_same(tmp_path):
+    """A file system may want larger multiples than there are, or write a part of what it is given."""
+    data = behind.aligned(2, 3 * behind.ALIGN).random_(generator=torch.Generator().manual_seed(0))
+    data = data[:, : 2 * behind.ALIGN + 100]
+    with behind_files(tmp_path) as (handles, past), behind.Behind(handles, past) as writer:
+        writer.append(data, behind.ALIGN)
+        writer.append(data[:, 7:], 4 * behind.ALIGN)  # of which the kernel takes nothing past its cache
+        hashes = writer.hashes()
+    for number, row in enumerate(data):
+        expected = row.numpy().tobytes() + row[7:].numpy().tobytes()
+        found = (tmp_path / f"{number}").read_bytes()
+        start = behind.ALIGN
+        assert found[start : start + len(row)] + found[4 * start :] == expected
+        assert hashes[number] == xxhash.xxh3_128(expected).hexdigest()
+
+
+@contextlib.contextmanager
+def behind_files(folder):
+    with contextlib.ExitStack() as stack:
+        handles, past = [], []
+        for number in range(2):
+            path = folder / f"{number}"
+            for found, flags in ((handles, os.O_RDWR | os.O_CREAT), (past, os.O_WRONLY | os.O_DIRECT)):
+                found.append(os.open(path, flags))
+                stack.callback(os.close, found[-1])
+        yield handles, past
+
+
+@pytest.mark.parametrize(("begin", "end", "piece"), [(0, 2**16, 2**12), (2**12, 50_000, 2**13), (0, 5000, 2**20)])
+def test_pieces_cover_a_block_and_end_where_rows_do(begin, end, piece):
+    one = ScratchSource(config=tiny_config(vocab_size=300), seed=0)
+    columns = one.infos[EMBEDDING].shape[1]
+    fragment = Fragment(offset=100, tensor=EMBEDDING, slot="weight", dtype=torch.float32, start=0, stop=None)
+    span = blocks.Span(fragment=fragment, first=0, start=100, stop=100 + 300 * columns * 4)
+    found = [*blocks._pieces(one, blocks.Block(number=0, begin=begin, end=end, spans=[span]), piece)]
+    assert [begin, *(high for _, high in found)] == [*(low for low, _ in found), end]
+    assert all(0 < high - low <= piece for low, high in found)
+    inside = [high for _, high in found if span.start < high < min(end, span.stop)]
+    assert all((high - span.start) % (columns * 4) == 0 for high in inside)
+    assert inside or piece > end

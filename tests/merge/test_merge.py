@@ -16,6 +16,7 @@ from checkpoint.safetensors import SafetensorsLayout, open_safetensors
 from checkpoint.source import box_shape, read_tensor, row_major_tiles
 from checkpoint.writer import write_checkpoint
 from merge.merge import merge
+from merge.reads import all_finite
 from merge.statistics_files import digest
 from merge.table import METHODS
 from parallel.errors import InputError
@@ -239,3 +240,19 @@ def test_nor_in_a_model_of_which_nothing_counts(nothing) -> None:
     merged = merge([spoilt, sources[2]], "ties", base=sources[0], parameters={"density": 0.5, **nothing})
     with pytest.raises(InputError, match=f"model 1.*{MATRIX} holds a value that is not finite"):
         read_tensor(merged, MATRIX)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_finite_as_torch_says(dtype):
+    about = torch.finfo(dtype)
+    ends = torch.tensor([about.max, about.min, 0.0, -0.0, about.tiny], dtype=dtype)
+    values = torch.cat([ends, torch.randn(31, generator=torch.Generator().manual_seed(0)).to(dtype)]).view(6, 6)
+    assert all_finite(values)
+    assert all_finite(values[:, :4])
+    assert all_finite(values[:0])
+    for number in ("inf", "-inf", "nan", "-nan"):
+        spoilt = values.clone()
+        spoilt[4, 2] = float(number)
+        assert not all_finite(spoilt)
+        assert not all_finite(spoilt[4, 2])
+        assert all_finite(spoilt[:, 3:])
