@@ -57,6 +57,7 @@ def _sum(tensors: Sequence[torch.Tensor], factors: Sequence[float], fold: Fold) 
     return found
 
 
+@torch.no_grad()
 def linear(
     tensors: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool, fold: Fold = in_turn
 ) -> torch.Tensor:
@@ -65,6 +66,7 @@ def linear(
     return torch.div(total, sum(weights), out=room_like(total)) if normalize else total
 
 
+@torch.no_grad()
 def task_arithmetic(
     base: torch.Tensor,
     deltas: Sequence[torch.Tensor],
@@ -86,6 +88,7 @@ def task_arithmetic(
     return torch.add(base, total, alpha=scale, out=room_like(base))
 
 
+@torch.no_grad()
 def ties(
     base: torch.Tensor,
     deltas: Sequence[torch.Tensor],
@@ -157,7 +160,7 @@ def room_like(tensor: torch.Tensor) -> torch.Tensor:
 def _is(values: torch.Tensor, which: Literal["<", ">"]) -> torch.Tensor:
     """Return 1 where values are below or above zero, int8. (On a CPU torch takes eight times as long as numpy.)"""
     if values.device.type == "cpu":
-        return torch.from_numpy((np.less if which == "<" else np.greater)(values.numpy(), 0).view(np.int8))
+        return torch.from_numpy((np.less if which == "<" else np.greater)(values.detach().numpy(), 0).view(np.int8))
     return (values < 0 if which == "<" else values > 0).to(torch.int8)
 
 
