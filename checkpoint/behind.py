@@ -1,7 +1,7 @@
-"""Writing behind the computation: a thread hashes and writes one piece of files while the next is computed.
+"""Writing behind the computation: threads hash and write one piece of files while the next is computed.
 
 What is more than memory can hold for later is written past the page cache (O_DIRECT): what follows would be thrown out
-of it, and each page that is taken for a moment costs time: 2 s a GB on a virtual machine, ten times the copying.
+of it, and taking pages for a moment costs time: on a virtual machine 2 s a GB in the kernel, past it 0.3.
 """
 
 import errno
@@ -25,7 +25,7 @@ long on Linux 6.18."""
 ALIGN = 4096
 """Bytes of which places in files and in memory are multiples where the page cache is passed by."""
 THREADS = 2
-"""Files that a process writes at once: a disk that is given one thing to do at a time does two thirds as much."""
+"""Files that a process writes at once: a disk took 510 MB/s from one writer, 590 from two, 680 from four."""
 
 
 def open_past_cache(path: Path, size: int) -> int | None:

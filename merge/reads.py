@@ -133,8 +133,8 @@ def all_finite(values: torch.Tensor) -> bool:
     """Return whether all values are finite."""
     if values.dtype not in _INFINITY or values.device.type != "cpu" or not values.numel():
         return bool(torch.isfinite(values).all())
-    # As integers infinity and NaN come last: with a sign above all unsigned ones, without it above all signed ones. A
-    # tenth of the time of a sum.
+    # As integers infinity and NaN come last: with a sign above all unsigned ones, without it above all signed ones. Of
+    # bfloat16 that takes a third of the time of a sum.
     bits, unsigned, infinity, negative = _INFINITY[values.dtype]
     whole = values.view(bits).numpy()
     highest = np.maximum.reduce(whole, None), np.maximum.reduce(whole.view(unsigned), None)
