@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from checkpoint.source import empty_box, full_box
+
 _ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 _SIGN = -(2**31)
@@ -110,6 +112,7 @@ def ties(
         scale: lambda, the factor of the merged task vector.
         normalize: divide by the weights that agree (by 1 where they add up to 0).
         factors: further factors of the task vectors, which do not count in the divisor; none is negative.
+        fold: how models are summed; merges of subsets may share it.
     """
     products = _products(weights, factors)
     counted = normalize and len({*weights}) == 1 and weights[0] > 0 and len(weights) < 128
@@ -131,7 +134,8 @@ def ties(
             return total, sizes
         counts: Any = _is(delta, ">"), _is(delta, "<")
         if before is not None:
-            counts = map(lambda one, more, new: torch.add(one, more, out=new), before[2:], counts, new_counts)
+            pairs = zip(before[2:], counts, new_counts, strict=True)
+            counts = [torch.add(one, more, out=new) for one, more, new in pairs]
         return total, sizes, *counts
 
     # With S = sum |w_i d_i|, and T = sum w_i d_i: those that agree with T's sign add up to +-(S + |T|) / 2. T is -0
@@ -151,9 +155,9 @@ def ties(
 
 
 def room_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of this shape, its values undefined, in float32 (see `checkpoint.source.empty_box`)."""
+    """Return a tensor of this shape, its values undefined, in float32."""
     if tensor.device.type == "cpu":
-        return torch.from_numpy(np.empty(tensor.shape, dtype=np.float32))
+        return empty_box(full_box(tensor.shape))
     return torch.empty_like(tensor, dtype=torch.float32)
 
 

@@ -18,6 +18,7 @@ from checkpoint import manifest
 from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsSource
 from merge import sparsify
+from merge.stack import Stack
 
 SPEC = """\
 models: {a: swe, b: est, c: base}
@@ -153,6 +154,35 @@ def test_statistics_are_found_once(folder, monkeypatch):
     assert told("sweep", "spec.yaml", "out", "--workers", "1").exit_code == 0
     tensors = [info for info in open_checkpoint(folder / "base").infos.values() if info.tied_to is None]
     assert found == 3 * len(tensors)
+
+
+@pytest.mark.parametrize("method", ["linear: {}", "ties: {density: 0.5}"])
+def test_subsets_go_on_from_their_common_beginnings(folder, monkeypatch, method):
+    steps = folds = 0
+    plain = Stack.fold
+
+    def counted(self, box, what, each):
+        fold = plain(self, box, what, each)
+
+        def counting(step, count):
+            nonlocal folds
+            folds += 1
+
+            def one(*arguments):
+                nonlocal steps
+                steps += 1
+                return step(*arguments)
+
+            return fold(one, count)
+
+        return counting
+
+    monkeypatch.setattr(Stack, "fold", counted)
+    (folder / "spec.yaml").write_text(f"models: {{a: swe, b: est, c: fin}}\nbase_model: base\nmethods: {{{method}}}\n")
+    assert told("sweep", "spec.yaml", "out", "--workers", "1").exit_code == 0
+    # ab, abc, ac and bc are a, b, c more, c again behind a, and b, c: 6 steps instead of 9.
+    assert folds > 0
+    assert steps * 4 == folds * 6
 
 
 def test_recipes_find_adapters_from_where_they_are(folder):
