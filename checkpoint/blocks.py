@@ -18,8 +18,11 @@ import torch
 from checkpoint.behind import ALIGN, PIECE, Behind, aligned
 from checkpoint.layout import Fragment
 from checkpoint.manifest import BLOCK
-from checkpoint.source import Source, box_shape, flat_tiles
+from checkpoint.source import TILE, Source, box_shape, flat_tiles, read_together
 from checkpoint.team import Member, go_through
+
+SMALL_TILE = 1 << 17
+"""Elements in a tile of many sources: they keep boxes of their inputs and sums of these, to be near at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +171,13 @@ def _fill_span(
     """Fill what a span has of bytes [begin, end) of each file, tile by tile: all files, and then the next tile."""
     low, high = max(span.start, begin), min(span.stop, end)
     dtype, name = span.fragment.dtype, span.fragment.tensor
-    outs = [data[low - begin : high - begin].view(dtype) for data in filled]
+    rows = filled[:, low - begin : high - begin].view(dtype)
     first = span.first + (low - span.start) // dtype.itemsize
+    shape, known = sources[0].infos[name].shape, [one[name] for one in stats]
     at = 0
-    for box in flat_tiles(sources[0].infos[name].shape, first, first + len(outs[0])):
-        shape = box_shape(box)
-        count = math.prod(shape)
-        for source, known, out in zip(sources, stats, outs, strict=True):
-            source.read(name, box, {span.fragment.slot: out[at : at + count].view(shape)}, known[name])
+    for box in flat_tiles(shape, first, first + rows.shape[1], TILE if len(sources) == 1 else SMALL_TILE):
+        sizes = box_shape(box)
+        count = math.prod(sizes)
+        outs = {span.fragment.slot: rows[:, at : at + count].view(-1, *sizes)}
+        read_together(sources, name, box, outs, known)
         at += count

@@ -122,6 +122,32 @@ class Source(Protocol):
         """
 
 
+class Together(Source, Protocol):
+    """A source of which several are read faster together than one by one."""
+
+    @staticmethod
+    def read_together(
+        sources: "Sequence[Any]", name: str, box: Box, outs: Mapping[Slot, torch.Tensor], stats: Sequence[Any]
+    ) -> None:
+        """Read a box of sources of this class into rows [sources, *box] of `outs[slot]`, to the same bytes as `read`.
+
+        Args:
+            stats: what each returned from `collect`.
+        """
+
+
+def read_together(
+    sources: Sequence[Source], name: str, box: Box, outs: Mapping[Slot, torch.Tensor], stats: Sequence[Any]
+) -> None:
+    """Read a box of sources into rows [sources, *box] of `outs[slot]`."""
+    kind: Any = type(sources[0])
+    if len(sources) > 1 and hasattr(kind, "read_together") and all(type(source) is kind for source in sources):
+        kind.read_together(sources, name, box, outs, stats)
+        return
+    for number, (source, known) in enumerate(zip(sources, stats, strict=True)):
+        source.read(name, box, {slot: rows[number] for slot, rows in outs.items()}, known)
+
+
 def full_box(shape: Sequence[int]) -> Box:
     """Return the box that is the whole tensor."""
     return tuple(slice(0, size) for size in shape)
@@ -137,7 +163,11 @@ def empty_box(box: Box, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     torch aligns a tensor within a larger block, and what it frees is less than it asks for next: the heap of a merge
     grew by a tile for each tile, and two of three page faults came of that. numpy does not.
     """
-    shape = box_shape(box)
+    return empty_tensor(box_shape(box), dtype)
+
+
+def empty_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the same for a shape."""
     if dtype == torch.float32:  # for most, and many a tensor
         return torch.from_numpy(np.empty(shape, dtype=np.float32))
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
@@ -163,12 +193,13 @@ def row_major_tiles(shape: Sequence[int], tile: int = TILE) -> list[Box]:
     return [(slice(at, at + 1), *piece) for at in range(head) for piece in row_major_tiles(rest, tile)]
 
 
-def flat_tiles(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+def flat_tiles(shape: Sequence[int], start: int, stop: int, tile: int = TILE) -> Iterator[Box]:
     """Cut elements [start, stop) of the row-major flattened tensor into boxes of at most a tile, in order."""
     for box in flat_boxes(shape, start, stop):
-        for tile in row_major_tiles(box_shape(box)):
+        for part in row_major_tiles(box_shape(box), tile):
             yield tuple(
-                slice(part.start + inner.start, part.start + inner.stop) for part, inner in zip(box, tile, strict=True)
+                slice(outer.start + inner.start, outer.start + inner.stop)
+                for outer, inner in zip(box, part, strict=True)
             )
 
 

@@ -76,12 +76,15 @@ class Member:
             give_back_freed(above=SPARE)
 
     def spread(self, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-        """Map a function over items, each of which one member does; called by all in the same order.
+        """Map a function over items, each of which one member does, but one alone all; called by all in the same order.
 
         Results are as of `map`: numbers, text or numpy arrays, for they go from one process to another. What a function
         changes it changes for one member alone.
         """
-        mine = [*self._each(map(function, list(items)[self.number :: self.count]))]
+        items = [*items]
+        if len(items) == 1:  # sooner done by each than waited for
+            return self._each(map(function, items))
+        mine = [*self._each(map(function, items[self.number :: self.count]))]
         found = self.exchange(mine)
         return (found[at % self.count][at // self.count] for at in range(sum(map(len, found))))
 

@@ -30,7 +30,7 @@ VERSIONS = {
     "train": 1,
     "grow": 2,
     "statistics": 1,
-    "merge": 5,
+    "merge": 6,
     "evaluate": 2,
     "baselines": 1,
     "report": 3,

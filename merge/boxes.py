@@ -2,21 +2,42 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from checkpoint.source import Box, Map
-from merge import directions, fisher, matrices, methods
+from merge import directions, fisher, matrices, methods, sums
 from merge.sparsify import Kept, Sparsifier, whole_rows
 from merge.stack import Order, Stack
+from merge.sums import Summed
 from merge.threshold import Cut, find_cuts, trim
 
 
-def linear(stack: Stack, box: Box, stats: None) -> torch.Tensor:
-    weights, fold = stack.weights, stack.fold(box, "linear", stack.weights)
-    return methods.linear(stack.values(box), weights, normalize=stack.order.shared["normalize"], fold=fold)
+def linear(stack: Stack, stats: None) -> Summed:
+    divisor = sum(stack.weights) if stack.order.shared["normalize"] else None
+    return weighted(stack, stack.weights, of="models", divisor=divisor)
+
+
+def weighted(
+    stack: Stack,
+    factors: Sequence[float],
+    *,
+    of: Literal["models", "directions"],
+    divisor: float | None = None,
+    scale: float = 1.0,
+) -> Summed:
+    """Return a merge that is a sum of the models, or of their task vectors if there is a base, which is added then."""
+    based = of == "directions" and stack.order.base is not None
+    base = stack.order.base if based else None
+    return Summed(
+        kind=sums.Weighted(),
+        keys=tuple((operand, base, factor) for operand, factor in zip(stack.order.operands, factors, strict=True)),
+        factors=tuple(factors),
+        read=stack.delta if based else stack.value,
+        finish=lambda total, box: sums.mean(total, stack.base(box) if based else None, divisor, scale),
+    )
 
 
 def passthrough(stack: Stack, box: Box, stats: None) -> torch.Tensor:
@@ -50,8 +71,10 @@ def _sparsifiers(stack: Stack, kind: Any) -> list[Sparsifier]:
 class Runner:
     """How a method is run."""
 
-    merge: Callable[[Stack, Box, Any], torch.Tensor]
+    merge: Callable[[Stack, Box, Any], torch.Tensor] | None = None
     """From a box, and what was collected, to its merged values, float32."""
+    summed: Callable[[Stack, Any], Summed | None] = lambda stack, stats: None
+    """The same as a sum over models, of which merges of subsets share what they can; None if `merge` has to do it."""
     collect: Callable[[Stack, Map], Any] | None = None
     """What it needs to know of a whole tensor first."""
     drops: Callable[[Order], bool] = lambda order: False
@@ -60,40 +83,61 @@ class Runner:
     """From what was collected to whether all values are known to be: they need not be looked at again."""
 
 
-def sparse(kind: str | None, combine: Callable[..., torch.Tensor]) -> Runner:
-    """Return how a method is run that sums sparse task vectors."""
+def task_arithmetic(stack: Stack, stats: None) -> Summed:
+    shared = stack.order.shared
+    divisor = methods.divisor(stack.weights, shared["normalize"])
+    return weighted(stack, stack.weights, of="directions", divisor=divisor, scale=shared["lambda"])
+
+
+def sparse(kind: str, *, elect: bool) -> Runner:
+    """Return how a method is run that sums sparse task vectors, of those that agree on the sign if one is elected."""
 
     def collect(stack: Stack, spread: Map) -> list[tuple[Sparsifier, Kept]]:
         sparsifiers = _sparsifiers(stack, kind)
         return [*zip(sparsifiers, stack.collect_kept(sparsifiers, spread), strict=True)]
 
-    def merge(stack: Stack, box: Box, stats: Sequence[tuple[Sparsifier, Kept]] | None) -> torch.Tensor:
-        deltas, factors = stack.deltas(box) if stats is None else [], None
-        if stats is not None:
-            deltas = [stack.kept(number, one, kept, box) for number, (one, kept) in enumerate(stats)]
-            factors = [kept.factor for _, kept in stats]
-        shared = stack.order.shared
-        each = [*zip(stack.weights, [one for one, _ in stats] if stats else stack.weights, strict=True)]
-        return combine(
-            stack.base(box),
-            deltas,
-            stack.weights,
-            scale=shared["lambda"],
-            normalize=shared["normalize"],
+    def summed(stack: Stack, stats: Sequence[tuple[Sparsifier, Kept]]) -> Summed | None:
+        weights, shared = stack.weights, stack.order.shared
+        scale, normalize = shared["lambda"], shared["normalize"]
+        signed = methods.signed(weights, normalize) if elect else None
+        if elect and signed is None:
+            return None
+        factors = tuple(weight * kept.factor for weight, (_, kept) in zip(weights, stats, strict=True))
+        divisor = methods.divisor(weights, normalize)
+
+        def finish(total: Any, box: Box) -> torch.Tensor:
+            base = stack.base(box)
+            return sums.agreed(total, base, weights[0], scale) if elect else sums.mean(total, base, divisor, scale)
+
+        return Summed(
+            kind=signed or sums.Weighted(),
+            keys=tuple(
+                (operand, stack.order.base, sparsifier, factor)
+                for operand, (sparsifier, _), factor in zip(stack.order.operands, stats, factors, strict=True)
+            ),
             factors=factors,
-            fold=stack.fold(box, (combine, shared["normalize"]), each),
+            read=lambda number, box: stack.kept(number, *stats[number], box),
+            finish=finish,
+        )
+
+    def merge(stack: Stack, box: Box, stats: Sequence[tuple[Sparsifier, Kept]]) -> torch.Tensor:
+        return methods.ties(
+            stack.base(box),
+            [stack.kept(number, one, kept, box) for number, (one, kept) in enumerate(stats)],
+            stack.weights,
+            scale=stack.order.shared["lambda"],
+            normalize=stack.order.shared["normalize"],
+            factors=[kept.factor for _, kept in stats],
         )
 
     def drops(order: Order) -> bool:
-        if kind != "magnitude":
-            return kind is not None
         # What is not finite is larger than all that is, and stays; but nothing does of a model that does not count.
-        return 0 in order.each["weight"] or min(order.each["density"]) <= 0
+        return kind != "magnitude" or 0 in order.each["weight"] or min(order.each["density"]) <= 0
 
     def finite(stats: Sequence[tuple[Sparsifier, Kept]]) -> bool:
         return all(kept.finite for _, kept in stats)
 
-    return Runner(merge=merge, collect=collect if kind else None, drops=drops, finite=finite)
+    return Runner(merge=merge, summed=summed, collect=collect, drops=drops, finite=finite)
 
 
 def always(order: Order) -> bool:
@@ -116,7 +160,7 @@ def slerp_stats(stack: Stack, spread: Map) -> np.ndarray:
 
 
 def slerp(stack: Stack, box: Box, stats: np.ndarray) -> torch.Tensor:
-    return methods.weighted_sum([stack.base(box), stack.value(0, box)], _along(stack, stats, box, "all"))
+    return methods.weighted_sum([stack.base(box), stack.value(0, box)], stats.tolist())
 
 
 def _sides(stack: Stack) -> Any:
@@ -151,8 +195,10 @@ def multislerp_stats(stack: Stack, spread: Map) -> np.ndarray | None:
         raise stack.error("multislerp: the models' weighted directions cancel; give them other weights") from None
 
 
-def multislerp(stack: Stack, box: Box, stats: np.ndarray | None) -> torch.Tensor:
-    return stack.value(0, box) if stats is None else _combined(stack, box, _along(stack, stats, box, "all"))
+def multislerp(stack: Stack, stats: np.ndarray | None) -> Summed:
+    if stats is None:  # of one model
+        return weighted(stack, [1.0], of="models")
+    return weighted(stack, stats.tolist(), of="directions")
 
 
 def karcher_stats(stack: Stack, spread: Map) -> np.ndarray | None:
@@ -268,20 +314,20 @@ def fusion(stack: Stack, box: Box, stats: float) -> torch.Tensor:
 
 
 RUNNERS: dict[str, Runner] = {
-    "linear": Runner(merge=linear),
+    "linear": Runner(summed=linear),
     "slerp": Runner(merge=slerp, collect=slerp_stats),
     "nuslerp": Runner(merge=nuslerp, collect=nuslerp_stats),
-    "multislerp": Runner(merge=multislerp, collect=multislerp_stats),
-    "karcher": Runner(merge=multislerp, collect=karcher_stats),
+    "multislerp": Runner(summed=multislerp, collect=multislerp_stats),
+    "karcher": Runner(summed=multislerp, collect=karcher_stats),
     "model_stock": Runner(merge=stock, collect=stock_stats),
-    "task_arithmetic": sparse(None, methods.task_arithmetic),
-    "ties": sparse("magnitude", methods.ties),
-    "dare_linear": sparse("random", methods.task_arithmetic),
-    "dare_ties": sparse("random", methods.ties),
-    "della": sparse("ranked", methods.ties),
-    "della_linear": sparse("ranked", methods.task_arithmetic),
-    "breadcrumbs": sparse("outliers", methods.task_arithmetic),
-    "breadcrumbs_ties": sparse("outliers", methods.ties),
+    "task_arithmetic": Runner(summed=task_arithmetic),
+    "ties": sparse("magnitude", elect=True),
+    "dare_linear": sparse("random", elect=False),
+    "dare_ties": sparse("random", elect=True),
+    "della": sparse("ranked", elect=True),
+    "della_linear": sparse("ranked", elect=False),
+    "breadcrumbs": sparse("outliers", elect=False),
+    "breadcrumbs_ties": sparse("outliers", elect=True),
     "sce": Runner(merge=sce, collect=sce_stats, drops=always),
     "ram": Runner(merge=ram, drops=always),
     "ramplus_tl": Runner(merge=ram, collect=ram_stats, drops=always),

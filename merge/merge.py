@@ -19,6 +19,7 @@ from merge.inform import Place, inform
 from merge.reads import Operand, Reads, all_finite
 from merge.settings import check_count, settings_of
 from merge.stack import Order, Stack, Stats
+from merge.sums import merged_of
 from merge.table import METHODS
 from parallel.errors import InputError, one_of
 from parallel.families import Family, Kind
@@ -93,35 +94,54 @@ class MergedSource:
         order = self.orders[name]
         operands = [*order.operands, *([order.base] if order.base else []), *order.fishers]
         operands += [Operand(model=number, name=name) for number in self.reads.together]
-        inner = {one: self.reads.collect(name, one, spread) for one in operands}
+        inner = self.reads.once_a_tensor(
+            name, ("inner", *operands), lambda: {one: self.reads.collect(name, one, spread) for one in operands}
+        )
         runner = RUNNERS[self.method]
-        known = runner.collect and runner.collect(self._stack(name, inner, check=runner.drops(order)), spread)
-        return Stats(inner=inner, method=known)
+        stack = Stack(
+            name=name,
+            kind=self._kinds[name],
+            shape=self.infos[name].shape,
+            order=order,
+            reads=self.reads,
+            inner=inner,
+            seed=self.seed,
+            check=runner.drops(order),
+        )
+        known = runner.collect and runner.collect(stack, spread)
+        if stack.check and runner.finite(known):
+            stack = replace(stack, check=False)
+        return Stats(stack=stack, method=known, summed=runner.summed(stack, known))
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
-        runner = RUNNERS[self.method]
-        check = runner.drops(self.orders[name]) and not runner.finite(stats.method)
-        merged = runner.merge(self._stack(name, stats.inner, check=check), box, stats.method)
-        rounded = out["weight"].copy_(merged)
-        if not all_finite(rounded):
-            self._stack(name, stats.inner, check=True).look_at([box])  # is it one of theirs?
-            raise InputError(f"{name}: a merged value is too large for {str(rounded.dtype).removeprefix('torch.')}")
+        self.read_together([self], name, box, {slot: one[None] for slot, one in out.items()}, [stats])
+
+    @staticmethod
+    @torch.no_grad()
+    def read_together(
+        sources: "Sequence[MergedSource]",
+        name: str,
+        box: Box,
+        outs: Mapping[Slot, torch.Tensor],
+        stats: Sequence[Stats],
+    ) -> None:
+        rounded = outs["weight"]
+        rows = [*zip(rounded.unbind(), stats, strict=True)]
+        sums = [(row, one.summed) for row, one in rows if one.summed is not None]
+        for (row, _), merged in zip(sums, merged_of([one for _, one in sums], box), strict=True):
+            row.copy_(merged)
+        for source, (row, one) in zip(sources, rows, strict=True):
+            merge = RUNNERS[source.method].merge
+            if one.summed is None and merge is not None:
+                row.copy_(merge(one.stack, box, one.method))
+        for row, one in rows if not all_finite(rounded) else ():
+            if not all_finite(row):
+                one.stack.look_at([box])  # is it one of theirs?
+                raise InputError(f"{name}: a merged value is too large for {str(row.dtype).removeprefix('torch.')}")
 
     @cached_property
     def _kinds(self) -> Mapping[str, Kind]:
         return {name: tensor.kind for name, tensor in self.family.tensors(self.config).items()}
-
-    def _stack(self, name: str, inner: Mapping[Operand, Any], *, check: bool) -> Stack:
-        return Stack(
-            name=name,
-            kind=self._kinds[name],
-            shape=self.infos[name].shape,
-            order=self.orders[name],
-            reads=self.reads,
-            inner=inner,
-            seed=self.seed,
-            check=check,
-        )
 
 
 def merge(

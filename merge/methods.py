@@ -4,13 +4,11 @@ N models x_1 .. x_N with weights w_i; task vectors d_i = x_i - base, as far as t
 Semantics are those of mergekit 0.1.5, but all arithmetic is float32, to be rounded once.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from checkpoint.source import empty_box, full_box
+from merge import sums
 
 _ONE = 0x3F800000
 """The bits of 1.0 in float32."""
@@ -18,21 +16,6 @@ _SIGN = -(2**31)
 """The bit of the sign."""
 GUARD = 1e-8
 """Weights whose sum is no larger are not divided by."""
-
-
-Step = Callable[[int, Any, Any], Any]
-"""From a model's number, what was summed up to it (None: it is the first) and where the sum may be written (None: to
-new memory) to the sum with it."""
-Fold = Callable[[Step, int], Any]
-"""How N models are summed with a step; the sum is not to be changed, for others may go on from it."""
-
-
-def in_turn(step: Step, count: int) -> Any:
-    """Sum over models, all in one place."""
-    total = step(0, None, None)
-    for number in range(1, count):
-        total = step(number, total, total)
-    return total
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], factors: Sequence[float | torch.Tensor]) -> torch.Tensor:
@@ -46,26 +29,11 @@ def weighted_sum(tensors: Sequence[torch.Tensor], factors: Sequence[float | torc
     return total
 
 
-def _sum(tensors: Sequence[torch.Tensor], factors: Sequence[float], fold: Fold) -> torch.Tensor:
-    """Return sum(f_i x_i), summed in the order given; not to be changed."""
-
-    def step(number: int, total: torch.Tensor | None, into: torch.Tensor | None) -> torch.Tensor:
-        into = room_like(tensors[number]) if into is None else into
-        if total is None:
-            return torch.mul(tensors[number], factors[number], out=into)
-        return torch.add(total, tensors[number], alpha=factors[number], out=into)
-
-    found: torch.Tensor = fold(step, len(tensors))
-    return found
-
-
 @torch.no_grad()
-def linear(
-    tensors: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool, fold: Fold = in_turn
-) -> torch.Tensor:
-    """Return sum(w_i x_i), divided by sum(w_i) if `normalize` (model soups, arXiv 2203.05482); not to be changed."""
-    total = _sum(tensors, weights, fold)
-    return torch.div(total, sum(weights), out=room_like(total)) if normalize else total
+def linear(tensors: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
+    """Return sum(w_i x_i), divided by sum(w_i) if `normalize` (model soups, arXiv 2203.05482)."""
+    total = sums.in_turn(sums.Weighted(), tensors, weights)
+    return sums.mean(total, None, sum(weights) if normalize else None, 1.0)
 
 
 @torch.no_grad()
@@ -76,18 +44,14 @@ def task_arithmetic(
     *,
     scale: float = 1.0,
     normalize: bool = False,
-    factors: Sequence[float] | None = None,
-    fold: Fold = in_turn,
 ) -> torch.Tensor:
-    """Return base + scale * sum(w_i d_i), divided by sum(w_i) if `normalize` (arXiv 2212.04089, eq. 2).
+    """Return base + scale * sum(w_i d_i), divided by sum(w_i) if `normalize` (arXiv 2212.04089, eq. 2)."""
+    return sums.mean(sums.in_turn(sums.Weighted(), deltas, weights), base, divisor(weights, normalize), scale)
 
-    Args:
-        factors: further factors of the task vectors, which do not count in the divisor.
-    """
-    total = _sum(deltas, _products(weights, factors), fold)
-    if normalize and abs(sum(weights)) >= GUARD:
-        total = total / sum(weights)
-    return torch.add(base, total, alpha=scale, out=room_like(base))
+
+def divisor(weights: Sequence[float], normalize: bool) -> float | None:
+    """Return what a weighted sum of task vectors is divided by, if by anything."""
+    return sum(weights) if normalize and abs(sum(weights)) >= GUARD else None
 
 
 @torch.no_grad()
@@ -99,7 +63,6 @@ def ties(
     scale: float = 1.0,
     normalize: bool = True,
     factors: Sequence[float] | None = None,
-    fold: Fold = in_turn,
 ) -> torch.Tensor:
     """Return base + scale * the task vectors' weighted mean over those that agree on the sign (arXiv 2306.01708).
 
@@ -112,60 +75,19 @@ def ties(
         scale: lambda, the factor of the merged task vector.
         normalize: divide by the weights that agree (by 1 where they add up to 0).
         factors: further factors of the task vectors, which do not count in the divisor; none is negative.
-        fold: how models are summed; merges of subsets may share it.
     """
-    products = _products(weights, factors)
-    counted = normalize and len({*weights}) == 1 and weights[0] > 0 and len(weights) < 128
-    if normalize and not counted:
+    products = [weight * factor for weight, factor in zip(weights, factors or [1.0] * len(weights), strict=True)]
+    kind = signed(weights, normalize)
+    if kind is None:
         return _ties(base, deltas, weights, products, scale)
-    room = room_like(base)
-
-    def step(number: int, before: Any, into: Any) -> Any:
-        delta, product = deltas[number], products[number]
-        total, sizes, *new_counts = into or (room_like(base), room_like(base), None, None)
-        size = torch.abs(delta, out=room)
-        if before is None:
-            torch.mul(delta, product, out=total)
-            torch.mul(size, abs(product), out=sizes)
-        else:
-            torch.add(before[0], delta, alpha=product, out=total)
-            torch.add(before[1], size, alpha=abs(product), out=sizes)
-        if not counted:
-            return total, sizes
-        counts: Any = _is(delta, ">"), _is(delta, "<")
-        if before is not None:
-            pairs = zip(before[2:], counts, new_counts, strict=True)
-            counts = [torch.add(one, more, out=new) for one, more, new in pairs]
-        return total, sizes, *counts
-
-    # With S = sum |w_i d_i|, and T = sum w_i d_i: those that agree with T's sign add up to +-(S + |T|) / 2. T is -0
-    # only where S is 0.
-    total, sizes, *counts = fold(step, len(deltas))
-    merged = room_like(base)
-    bits = torch.bitwise_and(total.view(torch.int32), _SIGN, out=merged.view(torch.int32))
-    bits.bitwise_or_(sizes.view(torch.int32))
-    merged.add_(total)
-    if counted:
-        above, below = counts
-        agree = _is(total, "<").neg_().bitwise_and_(above ^ below).bitwise_xor_(above).clamp_(min=1)
-        merged.div_(room.copy_(agree).mul_(2 * weights[0]))
-    else:
-        merged.mul_(0.5)
-    return torch.add(base, merged, alpha=scale, out=merged)
+    return sums.agreed(sums.in_turn(kind, deltas, products), base, weights[0], scale)
 
 
-def room_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of this shape, its values undefined, in float32."""
-    if tensor.device.type == "cpu":
-        return empty_box(full_box(tensor.shape))
-    return torch.empty_like(tensor, dtype=torch.float32)
-
-
-def _is(values: torch.Tensor, which: Literal["<", ">"]) -> torch.Tensor:
-    """Return 1 where values are below or above zero, int8. (On a CPU torch takes eight times as long as numpy.)"""
-    if values.device.type == "cpu":
-        return torch.from_numpy((np.less if which == "<" else np.greater)(values.detach().numpy(), 0).view(np.int8))
-    return (values < 0 if which == "<" else values > 0).to(torch.int8)
+def signed(weights: Sequence[float], normalize: bool) -> sums.Signed | None:
+    """Return what TIES sums; None if it takes more than a sum: weights that differ have to be summed by sign."""
+    if not normalize:
+        return sums.Signed(counted=False)
+    return sums.Signed(counted=True) if len({*weights}) == 1 and weights[0] > 0 and len(weights) < 128 else None
 
 
 def _ties(
@@ -200,10 +122,6 @@ def _no_zeros(divisor: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     if min(weights) > 0:
         return divisor.clamp_(min=min(weights) / 2)  # of a sum of nothing, which is 0
     return divisor.masked_fill_(divisor == 0, 1.0)
-
-
-def _products(weights: Sequence[float], factors: Sequence[float] | None) -> list[float]:
-    return [weight * factor for weight, factor in zip(weights, factors or [1.0] * len(weights), strict=True)]
 
 
 def sce(base: torch.Tensor, deltas: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from checkpoint.source import Box, Map, row_major_tiles
-from merge import methods, sparsify
+from merge import sparsify
 from merge.reads import Operand, Reads
 from merge.sparsify import Kept, Sparsifier
+from merge.sums import Summed
 from merge.threshold import WINDOW, windows
 from parallel.errors import InputError
 from parallel.families import Kind
@@ -38,16 +39,6 @@ class Order:
     """Of fisher: the tensor of each model's diagonal Fisher, one an operand."""
     grams: "tuple[Gram, ...]" = ()
     """Of regmean: where each operand's Gram matrix is; none if the tensor is no linear layer's weight."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What reading a merged tensor needs to know of it first."""
-
-    inner: Mapping[Operand, Any]
-    """Of each tensor that is read."""
-    method: Any = None
-    """The method's; None if it needs nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +72,10 @@ class Stack:
 
     def random_key(self, number: int) -> str:
         """Return what the random numbers of a model depend on beside tensor and element."""
-        return f"{self.seed}/{self.reads.identity(self.order.operands[number].model)}"
+        return self._random_key(self.order.operands[number])
+
+    def _random_key(self, operand: Operand) -> str:
+        return f"{self.seed}/{self.reads.identity(operand.model)}"
 
     def look_at(self, boxes: Sequence[Box], also: Sequence[Operand] = ()) -> None:
         """Refuse a value that is not finite in what the tensor is made from; with the model's name."""
@@ -137,30 +131,6 @@ class Stack:
         """Return what merges side by side ask for in turn; a single one asks once."""
         return self.reads.once_a_box(self.name, box, key, make) if self.reads.together else make()
 
-    def fold(self, box: Box, what: Any, each: Sequence[Any]) -> methods.Fold:
-        """Return how a method sums over the models in a box: of merges side by side, from where the sum of the last
-        one's models is that of this one's first ones.
-
-        Args:
-            what: is summed.
-            each: what the sum depends on beside that, of each model.
-        """
-        if not self.reads.together:
-            return methods.in_turn
-        keys = [*zip(self.order.operands, each, strict=True)]
-        sums: Any = self.reads.once_a_box(self.name, box, ("sums", what, self.order.base), list)
-
-        def fold(step: methods.Step, count: int) -> Any:
-            same = 0
-            while same < min(count, len(sums)) and sums[same][0] == keys[same]:
-                same += 1
-            del sums[same:]
-            for number in range(same, count):
-                sums.append((keys[number], step(number, sums[-1][1] if sums else None, None)))
-            return sums[-1][1]
-
-        return fold
-
     def deltas(self, box: Box) -> list[torch.Tensor]:
         return [self.delta(number, box) for number in range(self.count)]
 
@@ -168,25 +138,32 @@ class Stack:
         """Return task vectors if there is a base, else the models themselves."""
         return self.values(box) if self.order.base is None else self.deltas(box)
 
-    def _pair(self, number: int) -> tuple[Operand, Operand | None]:
-        return self.order.operands[number], self.order.base
-
     def collect_kept(self, sparsifiers: Sequence[Sparsifier], spread: Map) -> list[Kept]:
         """Find what the models' sparsifiers need to know of their task vectors, of all in one pass."""
-        keys = [(*self._pair(number), one) for number, one in enumerate(sparsifiers)]
+        own = [*zip(self.order.operands, sparsifiers, strict=True)]
         known = self.reads.of_tensor(self.name)
-        left = [number for number, key in enumerate(keys) if key not in known]
-        unchecked = replace(self, check=False)  # `Kept.finite` says what is known
-        found = sparsify.collect(
-            [sparsifiers[number] for number in left],
-            self.name,
-            lambda box, numbers: [unchecked.delta(left[number], box) for number in numbers],
-            self.shape,
-            self.tiles,
-            spread,
-        )
-        known.update(zip([keys[number] for number in left], found, strict=True))
-        return [known[key] for key in keys]
+        if any(self._key(*one) not in known for one in own):
+            asked = dict(own)
+            alike = {replace(one, key="") for one in sparsifiers}
+            if len(alike) == 1:  # in a sweep, as they will be asked for of every model
+                (like,) = alike
+                for one in self._asked():
+                    asked.setdefault(one, replace(like, key=sparsifiers[0].key and self._random_key(one)))
+            left = [one for one in asked.items() if self._key(*one) not in known]
+            unchecked = replace(self, check=False)  # `Kept.finite` says what is known
+            found = sparsify.collect(
+                [sparsifier for _, sparsifier in left],
+                self.name,
+                lambda box, numbers: [unchecked._delta(left[number][0], box) for number in numbers],
+                self.shape,
+                self.tiles,
+                spread,
+            )
+            known.update(zip([self._key(*one) for one in left], found, strict=True))
+        return [known[self._key(*one)] for one in own]
+
+    def _key(self, operand: Operand, sparsifier: Sparsifier) -> Any:
+        return operand, self.order.base, sparsifier
 
     def kept(self, number: int, sparsifier: Sparsifier, kept: Kept, box: Box) -> torch.Tensor:
         """Return a box of a sparse task vector, not yet times `kept.factor`; not to be changed."""
@@ -196,13 +173,13 @@ class Stack:
             if not sparsifier.whole or rows == box:
                 return sparsify.keep(sparsifier, self.name, self.delta(number, box), kept, self.shape, box)
             # Past what is remembered: reading another box would make it forget this one.
-            operand, base = self._pair(number)
+            operand, base = self.order.operands[number], self.order.base
             assert base is not None, f"{self.name} has no base"
             delta = self.reads.fresh(operand, rows, self.inner[operand])
             delta -= self.reads.fresh(base, rows, self.inner[base])
             return sparsify.keep(sparsifier, self.name, delta, kept, self.shape, rows)[inside]
 
-        return self._once_a_sweep(box, (*self._pair(number), sparsifier), make)
+        return self._once_a_sweep(box, self._key(self.order.operands[number], sparsifier), make)
 
     def gram(
         self,
@@ -247,6 +224,17 @@ class Stack:
         """Return what Gram matrices are made of: in a sweep all models at once, of which every merge takes its part."""
         common = tuple(Operand(model=number, name=self.name) for number in self.reads.together)
         return common if set(self.order.operands) <= set(common) else self.order.operands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What reading a merged tensor needs to know of it first."""
+
+    stack: Stack
+    method: Any = None
+    """The method's; None if it needs nothing."""
+    summed: Summed | None = None
+    """How it is merged, if that is a sum."""
 
 
 def _inner(vectors: Sequence[torch.Tensor], along: str) -> np.ndarray:

@@ -71,14 +71,11 @@ def _by_sample(
     chosen = pieces[:: max(1, len(pieces) * PIECE // (4 * wanted))]  # everywhere: rows are not alike
     step = max(1, sum(prod(_shape(piece)) for piece in chosen) // wanted)
 
-    def sample(tile: Box) -> list[np.ndarray]:
-        return [magnitudes(values).flatten()[::step].cpu().numpy().copy() for values in read(tile, every)]
+    def bounds_of(model: int) -> tuple[int, int]:
+        parts = [magnitudes(read(tile, [model])[0]).flatten()[::step].cpu().numpy().copy() for tile in chosen]
+        return _bounds(np.concatenate(parts), keep[model] / size)
 
-    def bounds_of(tiles: Sequence[Box]) -> list[tuple[int, int]]:
-        samples = [np.concatenate(parts) for parts in zip(*map(sample, tiles), strict=True)]
-        return [_bounds(values, count / size) for values, count in zip(samples, keep, strict=True)]
-
-    (bounds,) = spread(bounds_of, [chosen])  # by one for all: it is little
+    bounds = [*spread(bounds_of, every)]
 
     def split(tile: Box) -> list[tuple[int, int, int, np.ndarray]]:
         return [_split(values, *ends) for values, ends in zip(read(tile, every), bounds, strict=True)]

@@ -8,6 +8,7 @@ Axes: vocab (V), hidden (D), q (H * head_dim), kv (K * head_dim), ffn (F), head_
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from parallel.errors import InputError, one_of
@@ -93,8 +94,21 @@ class Family:
 
     def tensors(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return every tensor of the model by on-disk name, in the order of the running model; aliases are listed."""
-        sizes = self.axes(config)
-        aliases = self.tied if self.is_tied(config) else {}
+        sizes, tied = self.axes(config), self.is_tied(config)
+        conditions = tuple(bool(config.get(row.when)) for row in self.rows if row.when is not None)
+        key = (tuple(sizes.values()), tied, config["num_hidden_layers"], conditions)
+        if key not in self._known:
+            self._known[key] = self._tensors(config, sizes, self.tied if tied else {})
+        return {**self._known[key]}
+
+    @cached_property
+    def _known(self) -> dict[Any, dict[str, Tensor]]:
+        """Tensors of models that were asked for: the hundred merges of a sweep ask hundreds of times."""
+        return {}
+
+    def _tensors(
+        self, config: Mapping[str, Any], sizes: Mapping[str, int], aliases: Mapping[str, str]
+    ) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, row, layer in self._names(config):
             shape = tuple(sizes[axis] for axis in row.axes)

@@ -17,8 +17,8 @@ from toy import command, growmerge
 from checkpoint import manifest
 from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsSource
-from merge import sparsify
-from merge.stack import Stack
+from merge import merge, sparsify
+from merge.sums import Signed, Weighted
 
 SPEC = """\
 models: {a: swe, b: est, c: base}
@@ -156,33 +156,29 @@ def test_statistics_are_found_once(folder, monkeypatch):
     assert found == 3 * len(tensors)
 
 
-@pytest.mark.parametrize("method", ["linear: {}", "ties: {density: 0.5}"])
-def test_subsets_go_on_from_their_common_beginnings(folder, monkeypatch, method):
-    steps = folds = 0
-    plain = Stack.fold
+@pytest.mark.parametrize(("method", "kind"), [("linear: {}", Weighted), ("ties: {density: 0.5}", Signed)])
+def test_subsets_go_on_from_their_common_beginnings(folder, monkeypatch, method, kind):
+    steps = boxes = 0
+    add, merged_of = kind.add, merge.merged_of
 
-    def counted(self, box, what, each):
-        fold = plain(self, box, what, each)
+    def counted_add(*arguments):
+        nonlocal steps
+        steps += 1
+        add(*arguments)
 
-        def counting(step, count):
-            nonlocal folds
-            folds += 1
+    def counted_boxes(merges, box):
+        nonlocal boxes
+        assert len(merges) == 4
+        boxes += 1
+        return merged_of(merges, box)
 
-            def one(*arguments):
-                nonlocal steps
-                steps += 1
-                return step(*arguments)
-
-            return fold(one, count)
-
-        return counting
-
-    monkeypatch.setattr(Stack, "fold", counted)
+    monkeypatch.setattr(kind, "add", counted_add)
+    monkeypatch.setattr(merge, "merged_of", counted_boxes)
     (folder / "spec.yaml").write_text(f"models: {{a: swe, b: est, c: fin}}\nbase_model: base\nmethods: {{{method}}}\n")
     assert told("sweep", "spec.yaml", "out", "--workers", "1").exit_code == 0
     # ab, abc, ac and bc are a, b, c more, c again behind a, and b, c: 6 steps instead of 9.
-    assert folds > 0
-    assert steps * 4 == folds * 6
+    assert boxes > 0
+    assert steps == boxes * 6
 
 
 def test_recipes_find_adapters_from_where_they_are(folder):
