@@ -116,7 +116,6 @@ def anonymous(pid: int) -> int:
     """Return KiB of a process and those that it has started; what they share is counted once."""
     try:
         others = psutil.Process(pid).children(recursive=True)
-        # A sum over all pages that are mapped takes long enough to slow down who waits for it.
         file, key = ("smaps_rollup", "Pss_Anon:") if others else ("status", "RssAnon:")
         lines = [Path(f"/proc/{one}/{file}").read_text() for one in (pid, *(other.pid for other in others))]
     except (OSError, psutil.NoSuchProcess):  # one of them has just ended
@@ -124,14 +123,17 @@ def anonymous(pid: int) -> int:
     return sum(int(line.split()[1]) for text in lines for line in text.splitlines() if line.startswith(key))
 
 
-def run(command: list[str], *, watched: bool = True) -> Took:
-    """Run a command and measure it and the processes that it starts; their memory if watched."""
+def run(command: list[str], *, watched: bool = True, every: float = 0.05) -> Took:
+    """Run a command and measure it and the processes that it starts; their memory every so many seconds if watched.
+
+    A sum over all pages that several processes map takes long enough to slow them down.
+    """
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     most, stop = [0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.05):
+        while not stop.wait(every):
             most[0] = max(most[0], anonymous(process.pid))
 
     if watched:
@@ -247,7 +249,7 @@ def sweep(folder: Path) -> None:
     }
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
-    mine = run([str(OURS), "sweep", str(path), str(folder / "out"), "--allow-unrelated"])
+    mine = run([str(OURS), "sweep", str(path), str(folder / "out"), "--allow-unrelated"], every=2.0)
     merges = len(json.loads((folder / "out" / "sweep.json").read_text()))
     shutil.rmtree(folder / "out")
     subsets = {2: 10, 3: 10, 4: 5, 5: 1}

@@ -41,6 +41,15 @@ def test_each_item_is_done_by_one_member_in_a_process_of_its_own():
     assert sorted(map(pids.count, {first, second})) == [2, 3] and {*pids} == {first, second}
 
 
+def test_one_item_alone_is_done_by_each():
+    told = []
+    go_through(
+        lambda member: member.tell((os.getpid(), *member.spread(lambda _: os.getpid(), [0]))), told.append, members=2
+    )
+    assert all(found == own for own, found in told)
+    assert len({own for own, _ in told}) == 2
+
+
 def test_threads_share_memory_and_processes_do_not():
     for settings, shared in (({"members": 1, "threads": 3}, True), ({"members": 2}, False)):
         values = np.zeros(6)

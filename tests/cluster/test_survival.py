@@ -181,6 +181,7 @@ def test_a_pipeline_of_layers_over_two_nodes(home, whole, cluster, tidy):
     assert losses(run.folder) == pytest.approx(losses(whole), rel=1e-4)
 
 
+@pytest.mark.slow  # without a cluster: tests/growmerge/test_status.py
 def test_cancelled_resubmitted_watched_by_two(home, whole, cluster, tidy):
     run = Run(write(home, "again"), cluster.environment)
     run.until_step(EVERY + 1)
