@@ -122,24 +122,16 @@ class Source(Protocol):
         """
 
 
-class Together(Source, Protocol):
-    """A source of which several are read faster together than one by one."""
-
-    @staticmethod
-    def read_together(
-        sources: "Sequence[Any]", name: str, box: Box, outs: Mapping[Slot, torch.Tensor], stats: Sequence[Any]
-    ) -> None:
-        """Read a box of sources of this class into rows [sources, *box] of `outs[slot]`, to the same bytes as `read`.
-
-        Args:
-            stats: what each returned from `collect`.
-        """
-
-
 def read_together(
     sources: Sequence[Source], name: str, box: Box, outs: Mapping[Slot, torch.Tensor], stats: Sequence[Any]
 ) -> None:
-    """Read a box of sources into rows [sources, *box] of `outs[slot]`."""
+    """Read a box of sources into rows [sources, *box] of `outs[slot]`, to the same bytes as their `read`.
+
+    Those of one class that has a `read_together` of its own are read by that.
+
+    Args:
+        stats: what each returned from `collect`.
+    """
     kind: Any = type(sources[0])
     if len(sources) > 1 and hasattr(kind, "read_together") and all(type(source) is kind for source in sources):
         kind.read_together(sources, name, box, outs, stats)

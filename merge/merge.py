@@ -125,6 +125,7 @@ class MergedSource:
         outs: Mapping[Slot, torch.Tensor],
         stats: Sequence[Stats],
     ) -> None:
+        """Read a box of several, which goes on from sums that they share (`checkpoint.source.read_together`)."""
         rounded = outs["weight"]
         rows = [*zip(rounded.unbind(), stats, strict=True)]
         sums = [(row, one.summed) for row, one in rows if one.summed is not None]

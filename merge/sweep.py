@@ -182,7 +182,9 @@ class _Reader:
             # A method of two models has the pairs.
             fitting = [one for one in subsets if takes.least <= len(one) <= (takes.most or len(one))]
             if not fitting:
-                raise self.error(item.line, f"no subset has as many models as {method} takes")
+                count = takes.least if takes.least == takes.most else f"{takes.least} or more"
+                beside = " beside the base" if takes.base == "needed" else ""
+                raise self.error(item.line, f"no subset has as many models as {method} takes: {count}{beside}")
             for parameters, varied in self._grid(method, item):
                 for chosen in fitting:
                     parts = {"method": method, "models": "_".join(chosen), "parameters": varied, **filled}
@@ -218,6 +220,8 @@ class _Reader:
             bounds[name] = number
         sizes = range(bounds["least"], bounds["most"] + 1)
         if not sizes:
+            if bounds["most"] < 2 and "subsets" not in keys:
+                raise self.error(keys["models"].line, "one model is given; a sweep merges two at least")
             raise self.error(self.line(keys, "subsets"), f"no subset has {bounds['least']} to {bounds['most']} models")
         return [chosen for size in sizes for chosen in itertools.combinations(models, size)]
 

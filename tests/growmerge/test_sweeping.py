@@ -112,7 +112,11 @@ def test_a_dry_run_lists_them(folder):
     ("old", "new", "line"),
     [
         ("c: fin", "c: nor", "spec.yaml: nor: no such folder, neither beside the recipe nor here"),
-        ("nuslerp: {}", "slerp: {t: 0}", "spec.yaml:10: no subset has as many models as slerp takes"),
+        (
+            "nuslerp: {}",
+            "slerp: {t: 0}",
+            "spec.yaml:10: no subset has as many models as slerp takes: 1 beside the base",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(folder, old, new, line):

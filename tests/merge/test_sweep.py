@@ -139,3 +139,8 @@ def test_nothing_is_as_not_given(tmp_path):
     scale = "models: {a: x/a}\nsubsets: {least: 1}\nmethods: {passthrough: {scale: [null, 2]}}\n"
     first, second = read_sweep(written(tmp_path, scale)).merges
     assert (first.parameters, second.parameters) == ({"scale": None}, {"scale": 2.0})
+
+
+def test_one_model_alone_is_no_sweep(tmp_path):
+    with pytest.raises(InputError, match=r":1: one model is given; a sweep merges two at least"):
+        read_sweep(written(tmp_path, "models: {is: here}\nmethods: {linear: }\n"))
