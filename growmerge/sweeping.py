@@ -105,8 +105,8 @@ def _write(applied: Mapping[str, Applied], models: Models, target: Target) -> It
         output, layout = planned(one.merged, own, **written_of(one, models, own, {}))
         if output is not None:
             alone = name if METHODS[one.merged.method].whole_matrix else ""
-            dtypes = {str(info.slots.get("weight")) for info in one.merged.infos.values()}
-            groups.setdefault((alone, repr(layout), *sorted(dtypes)), []).append((output, layout))
+            tensors = [(name, info.shape, info.slots.get("weight")) for name, info in one.merged.infos.items()]
+            groups.setdefault((alone, repr(layout), repr(tensors)), []).append((output, layout))
     count = sum(map(len, groups.values()))
     if count < len(applied):
         yield f"{len(applied) - count} of {len(applied)} are there and whole"

@@ -33,7 +33,10 @@ def weighted(
     base = stack.order.base if based else None
     return Summed(
         kind=sums.Weighted(),
-        keys=tuple((operand, base, factor) for operand, factor in zip(stack.order.operands, factors, strict=True)),
+        keys=tuple(
+            (stack.reads, operand, base, float(factor).hex())  # 0.0 == -0.0
+            for operand, factor in zip(stack.order.operands, factors, strict=True)
+        ),
         factors=tuple(factors),
         read=stack.delta if based else stack.value,
         finish=lambda total, box: sums.mean(total, stack.base(box) if based else None, divisor, scale),
@@ -112,7 +115,7 @@ def sparse(kind: str, *, elect: bool) -> Runner:
         return Summed(
             kind=signed or sums.Weighted(),
             keys=tuple(
-                (operand, stack.order.base, sparsifier, factor)
+                (stack.reads, operand, stack.order.base, sparsifier, factor.hex())
                 for operand, (sparsifier, _), factor in zip(stack.order.operands, stats, factors, strict=True)
             ),
             factors=factors,

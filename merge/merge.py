@@ -33,7 +33,7 @@ DOUBTFUL = SAME[1:]
 
 @dataclass(frozen=True, kw_only=True)
 class MergedSource:
-    """Models, and how each tensor is merged from theirs; made by `merge` or by `merge.recipe.apply`."""
+    """Models, and how each tensor is merged from theirs; made by `merge` or by `merge.apply.apply_recipe`."""
 
     reads: Reads
     method: str
@@ -93,7 +93,7 @@ class MergedSource:
     def collect(self, name: str, spread: Map) -> Stats:
         order = self.orders[name]
         operands = [*order.operands, *([order.base] if order.base else []), *order.fishers]
-        operands += [Operand(model=number, name=name) for number in self.reads.together]
+        operands += self.reads.everyone(name)
         inner = self.reads.once_a_tensor(
             name, ("inner", *operands), lambda: {one: self.reads.collect(name, one, spread) for one in operands}
         )

@@ -87,7 +87,8 @@ def signed(weights: Sequence[float], normalize: bool) -> sums.Signed | None:
     """Return what TIES sums; None if it takes more than a sum: weights that differ have to be summed by sign."""
     if not normalize:
         return sums.Signed(counted=False)
-    return sums.Signed(counted=True) if len({*weights}) == 1 and weights[0] > 0 and len(weights) < 128 else None
+    same = len({*weights}) == 1 and weights[0] > GUARD
+    return sums.Signed(counted=True) if same and len(weights) < 128 else None
 
 
 def _ties(

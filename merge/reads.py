@@ -52,6 +52,14 @@ class Reads:
             return self
         return Reads((*self.sources, *sources), (*self.labels, *labels), self.together, self.device)
 
+    def everyone(self, name: str) -> tuple[Operand, ...]:
+        """Return a tensor of all models of which a sweep merges subsets; of one that has it by another name, that."""
+        return tuple(
+            Operand(model=number, name=self.sources[number].infos[name].tied_to or name)
+            for number in self.together
+            if name in self.sources[number].infos
+        )
+
     def identity(self, number: int) -> str:
         """Return what a model is known by in random numbers' keys: its weights, wherever it lies in whatever format."""
         if number not in self._identities:

@@ -7,6 +7,9 @@ from typing import Any
 from merge.table import METHODS, Parameter
 from parallel.errors import InputError, one_of
 
+MOST = 1e30
+"""What parameters stay below, in size: products and quotients of them have to fit float32."""
+
 
 def settings_of(method: str, given: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """Return the values of a method's parameters, as an Order has them."""
@@ -52,6 +55,8 @@ def checked(name: str, value: Any, parameter: Parameter, *, whose: str = "") -> 
         return value
     if not isinstance(value, int | float) or not math.isfinite(value) or parameter.kind(value) != value:
         raise InputError(f"{name} is {value}: a {'whole' if parameter.kind is int else 'finite'} number is needed")
+    if abs(value) >= MOST:
+        raise InputError(f"{name} is {value}: that is too much for float32; allowed is less than {MOST:g} in size")
     if not parameter.low <= value <= parameter.high:
         allowed = (
             f"{parameter.low:g} to {parameter.high:g}" if parameter.high < math.inf else f"{parameter.low:g} or more"

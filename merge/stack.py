@@ -20,6 +20,8 @@ from parallel.families import Kind
 if TYPE_CHECKING:  # it takes seconds to import
     from merge.gram import Gram
 
+PASS = 8
+"""Models of a sweep that a pass over a tensor looks at, at most: of each it holds what it counts."""
 CHUNK = 1024
 """Products summed in float32 before they are added up in float64."""
 
@@ -139,7 +141,7 @@ class Stack:
         return self.values(box) if self.order.base is None else self.deltas(box)
 
     def collect_kept(self, sparsifiers: Sequence[Sparsifier], spread: Map) -> list[Kept]:
-        """Find what the models' sparsifiers need to know of their task vectors, of all in one pass."""
+        """Find what the models' sparsifiers need to know of their task vectors, of PASS models in one pass."""
         own = [*zip(self.order.operands, sparsifiers, strict=True)]
         known = self.reads.of_tensor(self.name)
         if any(self._key(*one) not in known for one in own):
@@ -150,17 +152,21 @@ class Stack:
                 for one in self._asked():
                     asked.setdefault(one, replace(like, key=sparsifiers[0].key and self._random_key(one)))
             left = [one for one in asked.items() if self._key(*one) not in known]
-            unchecked = replace(self, check=False)  # `Kept.finite` says what is known
-            found = sparsify.collect(
-                [sparsifier for _, sparsifier in left],
-                self.name,
-                lambda box, numbers: [unchecked._delta(left[number][0], box) for number in numbers],
-                self.shape,
-                self.tiles,
-                spread,
-            )
-            known.update(zip([self._key(*one) for one in left], found, strict=True))
+            for start in range(0, len(left), PASS):
+                part = left[start : start + PASS]
+                known.update(zip([self._key(*one) for one in part], self._collect(part, spread), strict=True))
         return [known[self._key(*one)] for one in own]
+
+    def _collect(self, asked: Sequence[tuple[Operand, Sparsifier]], spread: Map) -> list[Kept]:
+        unchecked = replace(self, check=False)  # `Kept.finite` says what is known
+        return sparsify.collect(
+            [sparsifier for _, sparsifier in asked],
+            self.name,
+            lambda box, numbers: [unchecked._delta(asked[number][0], box) for number in numbers],
+            self.shape,
+            self.tiles,
+            spread,
+        )
 
     def _key(self, operand: Operand, sparsifier: Sparsifier) -> Any:
         return operand, self.order.base, sparsifier
@@ -222,7 +228,7 @@ class Stack:
 
     def _asked(self) -> tuple[Operand, ...]:
         """Return what Gram matrices are made of: in a sweep all models at once, of which every merge takes its part."""
-        common = tuple(Operand(model=number, name=self.name) for number in self.reads.together)
+        common = self.reads.everyone(self.name)
         return common if set(self.order.operands) <= set(common) else self.order.operands
 
 

@@ -95,8 +95,8 @@ def agreed(signs: Signs, base: torch.Tensor, weight: float | None, scale: float)
     if signs.above is None or signs.below is None or weight is None:
         return torch.add(base, merged, alpha=scale / 2, out=merged)
     count = is_(signs.total, "<").neg_().bitwise_and_(signs.above ^ signs.below).bitwise_xor_(signs.above)
-    divisor = room_like(base).copy_(count.clamp_(min=1))
-    return torch.addcdiv(base, merged, divisor, value=scale / (2 * weight), out=merged)
+    merged.div_(room_like(base).copy_(count.clamp_(min=1)))
+    return torch.add(base, merged, alpha=scale / (2 * weight), out=merged)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from toy import command, growmerge
 from checkpoint import manifest
 from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsSource
-from merge import merge, sparsify
+from merge import merge, sparsify, stack
 from merge.sums import Signed, Weighted
 
 SPEC = """\
@@ -142,7 +142,9 @@ def test_models_of_several_dtypes_each_keep_theirs(folder):
         manifest.check(folder / "out" / f"{method}-a_b")
 
 
-def test_statistics_are_found_once(folder, monkeypatch):
+@pytest.mark.parametrize("at_once", [8, 2])
+def test_statistics_are_found_once(folder, monkeypatch, at_once):
+    monkeypatch.setattr(stack, "PASS", at_once)
     found = 0
     plain = sparsify.find_cuts
 
@@ -193,3 +195,31 @@ def test_recipes_find_adapters_from_where_they_are(folder):
     assert told("sweep", "spec.yaml", "deep/recipes", "--recipes").exit_code == 0
     found = told("merge", "deep/recipes/linear-a_b.yml", "out")
     assert found.exit_code == 0, found.stderr
+
+
+@pytest.mark.parametrize("order", ["b: untied, c: other, a: swe", "a: swe, b: untied, c: other"])
+def test_of_models_with_and_without_a_head_of_their_own(folder, order):
+    for number, name in enumerate(("untied", "other", "start")):
+        tiny_model(number, torch.bfloat16, vocab_size=300, tie_word_embeddings=False).save_pretrained(folder / name)
+    spec = (
+        f"models: {{{order}}}\nbase_model: start\nmethods: {{ties: {{density: 0.5}}, multislerp: {{}}, linear: {{}}}}\n"
+    )
+    (folder / "spec.yaml").write_text(spec)
+    assert told("sweep", "spec.yaml", "recipes", "--recipes").exit_code == 0
+    found = told("sweep", "spec.yaml", "out", "--workers", "1")
+    assert found.exit_code == 0, found.stderr
+    for path in sorted((folder / "recipes").glob("*.yml")):
+        assert told("merge", str(path), f"alone/{path.stem}").exit_code == 0
+        one, alone = (folder / where / path.stem / "model.safetensors" for where in ("out", "alone"))
+        assert one.read_bytes() == alone.read_bytes(), path.stem
+
+
+def test_subsets_of_other_shapes(folder):
+    for number, name in enumerate(("wide", "wider")):
+        tiny_model(number, torch.bfloat16, vocab_size=300, intermediate_size=96).save_pretrained(folder / name)
+    text = "models: {a: swe, b: est, c: wide, d: wider}\nsubsets: [[a, b], [c, d]]\nmethods: {linear: {}}\n"
+    (folder / "spec.yaml").write_text(text)
+    found = told("sweep", "spec.yaml", "out", "--workers", "1")
+    assert found.exit_code == 0, found.stderr
+    shapes = [open_checkpoint(folder / "out" / f"linear-{pair}").config["intermediate_size"] for pair in ("a_b", "c_d")]
+    assert shapes[0] != shapes[1] == 96

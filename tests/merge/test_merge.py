@@ -13,7 +13,7 @@ import merge.stack as stack
 from checkpoint import manifest
 from checkpoint.memory import MemorySource
 from checkpoint.safetensors import SafetensorsLayout, open_safetensors
-from checkpoint.source import box_shape, read_tensor, row_major_tiles
+from checkpoint.source import box_shape, full_box, read_tensor, read_together, row_major_tiles
 from checkpoint.writer import write_checkpoint
 from merge.merge import merge
 from merge.reads import all_finite
@@ -256,3 +256,35 @@ def test_finite_as_torch_says(dtype):
         assert not all_finite(spoilt)
         assert not all_finite(spoilt[4, 2])
         assert all_finite(spoilt[:, 3:])
+
+
+def test_several_at_once_are_what_each_is_alone() -> None:
+    """Merges of models of their own share no sums, and 0.0 is another factor than -0.0."""
+    sources, base = [model(seed) for seed in range(4)], model(4)
+    given = {"base": base, "parameters": {"density": 0.5}}
+    merges = [
+        merge(sources[:2], "linear"),
+        merge(sources[2:], "linear"),
+        merge(sources[:3], "ties", **given),
+        merge(sources[:3], "ties", weights=[1.0, 1.0, 0.5], **given),
+        merge(sources[:1], "slerp", base=base, parameters={"t": 0.3}),
+        *(merge([sources[0]], "linear", weights=[zero], parameters={"normalize": False}) for zero in (0.0, -0.0)),
+    ]
+    reads = replace(merges[-1], reads=merges[-2].reads)
+    together = [*merges[:-1], reads]
+    shape = merges[0].infos[MATRIX].shape
+    rows = torch.empty(len(together), *shape)
+    stats = [one.collect(MATRIX, map) for one in together]
+    read_together(together, MATRIX, full_box(shape), {"weight": rows}, stats)
+    for row, one in zip(rows, merges, strict=True):
+        assert row.numpy().tobytes() == read_tensor(one, MATRIX).numpy().tobytes()
+
+
+def test_extreme_parameters() -> None:
+    sources, base = [model(1), model(2)], model(0)
+    plain = read_tensor(merge(sources, "ties", base=base, parameters={"density": 0.5}), MATRIX)
+    tiny = merge(sources, "ties", base=base, weights=[1e-38, 1e-38], parameters={"density": 0.5})
+    torch.testing.assert_close(read_tensor(tiny, MATRIX), plain, rtol=1e-3, atol=1e-5)
+    for method in ("ties", "task_arithmetic"):
+        with pytest.raises(InputError, match=r"lambda is 1e\+39: that is too much for float32"):
+            merge(sources, method, base=base, parameters={"lambda": 1e39})
