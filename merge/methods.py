@@ -12,10 +12,8 @@ from merge import sums
 
 _ONE = 0x3F800000
 """The bits of 1.0 in float32."""
-_SIGN = -(2**31)
-"""The bit of the sign."""
 GUARD = 1e-8
-"""Weights whose sum is no larger are not divided by."""
+"""A weight, or a sum of weights, that is no larger is not divided by at the end."""
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], factors: Sequence[float | torch.Tensor]) -> torch.Tensor:
@@ -115,7 +113,7 @@ def _ties(
 def _elected(total: torch.Tensor) -> torch.Tensor:
     """Return the sign of a sum of task vectors, + where it is zero. (torch.where takes ten times as long.)"""
     bits = (total + 0.0).view(torch.int32)  # -0 + 0 is +0
-    return bits.bitwise_and_(_SIGN).bitwise_or_(_ONE).view(torch.float32)
+    return bits.bitwise_and_(sums.SIGN).bitwise_or_(_ONE).view(torch.float32)
 
 
 def _no_zeros(divisor: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from checkpoint.source import Box, empty_tensor
 
-_SIGN = -(2**31)
+SIGN = -(2**31)
 """The bit of the sign in float32."""
 
 
@@ -81,18 +81,18 @@ def mean(total: torch.Tensor, base: torch.Tensor | None, divisor: float | None, 
     return total if base is None else torch.add(base, total, alpha=scale, out=room_like(base))
 
 
-def agreed(signs: Signs, base: torch.Tensor, weight: float | None, scale: float) -> torch.Tensor:
+def agreed(signs: Signs, base: torch.Tensor, weight: float, scale: float) -> torch.Tensor:
     """Return base + scale * the sum of those that agree with T's sign, + if T is zero.
 
     Args:
-        weight: of each of them, by which and by whose number it is divided, if they were counted.
+        weight: of each of them, by which and by whose number the sum is divided if they were counted.
     """
     # They add up to +-(S + |T|) / 2. T is -0 only where S is 0.
     merged = room_like(base)
-    bits = torch.bitwise_and(signs.total.view(torch.int32), _SIGN, out=merged.view(torch.int32))
+    bits = torch.bitwise_and(signs.total.view(torch.int32), SIGN, out=merged.view(torch.int32))
     bits.bitwise_or_(signs.sizes.view(torch.int32))
     merged.add_(signs.total)
-    if signs.above is None or signs.below is None or weight is None:
+    if signs.above is None or signs.below is None:
         return torch.add(base, merged, alpha=scale / 2, out=merged)
     count = is_(signs.total, "<").neg_().bitwise_and_(signs.above ^ signs.below).bitwise_xor_(signs.above)
     merged.div_(room_like(base).copy_(count.clamp_(min=1)))
