@@ -24,11 +24,14 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes, a file's tests in one of them, in the order of the folders: else files of few, long tests come last.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(PYTEST) -m "not slow"
 
 test-all: check
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Recipes merged by mergekit 0.1.5 and by this project; the table is .parity/report.md.
 parity: $(READY)

@@ -23,6 +23,7 @@ def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist names the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give tests of a file, which share what they set up, to one process; and all that use the cluster."""
     for item in items:
