@@ -1,15 +1,14 @@
 """Everything that is measured of one model, as plain JSON, and the numbers that a report takes from it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from eval.bits_per_byte import check_window, document_requests, document_score
-from eval.bootstrap import ratio_interval
-from eval.pairs import KINDS, Pair, PairScore, accuracy, pair_requests, pair_scores
-from eval.score import Gather, Request, token_logprobs
+from eval.bits_per_byte import check_window
+from eval.pairs import SHORTENED, Pair
+from eval.score import Gather, token_logprobs
+from eval.tasks import PairsTask, Task, TextTask, summarise_documents, summarise_pairs
 from eval.text import Document, Tokenizer
 
 
@@ -39,28 +38,18 @@ def evaluate_model(
         InputError: see `check_window` and `token_logprobs`.
     """
     check_window(model, window=window, stride=stride)
-    requests: list[Request] = []
-    windows: dict[str, list[int]] = {}
-    for language, documents in heldout.items():
-        cut = [document_requests(document, tokenizer, window=window, stride=stride) for document in documents]
-        windows[language] = [len(part) for part in cut]
-        requests += [request for part in cut for request in part]
-    for found in pairs.values():
-        requests += pair_requests(found, tokenizer)
-    logprobs = token_logprobs(
-        model, requests, batch_tokens=batch_tokens, rank=rank, world=world, gather=gather, even=even
-    )
+    tasks: list[tuple[str, str, Task]] = [
+        *((name, "documents", TextTask(documents=one, window=window, stride=stride)) for name, one in heldout.items()),
+        *((name, "pairs", PairsTask(pairs=one)) for name, one in pairs.items()),
+    ]
+    requests = [[task.requests(item, tokenizer) for item in range(len(task))] for _, _, task in tasks]
+    flat = [request for items in requests for item in items for request in item]
+    logprobs = token_logprobs(model, flat, batch_tokens=batch_tokens, rank=rank, world=world, gather=gather, even=even)
     scored = iter(logprobs)
     languages: dict[str, Any] = {language: {"documents": [], "pairs": []} for language in {**heldout, **pairs}}
-    for language, documents in heldout.items():
-        for document, count in zip(documents, windows[language], strict=True):
-            score = document_score(document, [next(scored) for _ in range(count)])
-            languages[language]["documents"].append([score.id, score.bits, score.bytes, score.tokens])
-    for language, found in pairs.items():
-        scores = pair_scores(found, [next(scored) for _ in range(2 * len(found))])
-        languages[language]["pairs"] = [
-            [score.good_sum, score.bad_sum, score.good_tokens, score.bad_tokens, score.kind] for score in scores
-        ]
+    for (language, kind, task), items in zip(tasks, requests, strict=True):
+        rows = [task.row(number, [next(scored) for _ in item]) for number, item in enumerate(items)]
+        languages[language][kind] = [row[:4] for row in rows] if kind == "documents" else rows
     return {"window": window, "stride": stride, "languages": languages}
 
 
@@ -73,37 +62,14 @@ def summarise(
     "pairs": {"swap": {"sum": {value, low, high, correct, ties, count}, "per_token": ...}, "drop": {"per_token": ...}}}}
     A drop shortens a sentence, which a sum rewards: it has no entry by sum. What a language lacks is left out.
     """
-    return {
-        language: {
-            **_summarise_documents(entry["documents"], resamples=resamples, confidence=confidence, seed=seed),
-            "pairs": _summarise_pairs(entry["pairs"], confidence=confidence),
-        }
-        for language, entry in result["languages"].items()
-    }
-
-
-def _summarise_documents(rows: Sequence[Sequence[Any]], **how: Any) -> dict[str, Any]:
-    if not rows:
-        return {}
-    _, bits, size, tokens = zip(*rows, strict=True)
-    return {
-        "bits_per_byte": asdict(ratio_interval(bits, size, **how)),
-        "documents": len(rows),
-        "bytes": sum(size),
-        "tokens": sum(tokens),
-        "bytes_per_token": sum(size) / sum(tokens),
-    }
-
-
-def _summarise_pairs(rows: Sequence[Sequence[Any]], *, confidence: float) -> dict[str, Any]:
-    scores = [
-        PairScore(good_sum=good, bad_sum=bad, good_tokens=good_tokens, bad_tokens=bad_tokens, kind=kind)
-        for good, bad, good_tokens, bad_tokens, kind in rows
-    ]
-    found = {}
-    for kind in KINDS:
-        if chosen := [score for score in scores if score.kind == kind]:
-            found[kind] = {"per_token": asdict(accuracy(chosen, per_token=True, confidence=confidence))}
-            if kind == "swap":
-                found[kind]["sum"] = asdict(accuracy(chosen, per_token=False, confidence=confidence))
+    found: dict[str, Any] = {}
+    for language, entry in result["languages"].items():
+        rows, pairs = entry["documents"], entry["pairs"]
+        about = summarise_documents(rows, resamples=resamples, confidence=confidence, seed=seed) if rows else {}
+        counted = summarise_pairs(pairs, shortened=SHORTENED, confidence=confidence)
+        kinds: dict[str, Any] = {}
+        for how in ("per_token", "sum"):
+            for kind, part in counted.get(how, {"phenomena": {}})["phenomena"].items():
+                kinds.setdefault(kind, {})[how] = part
+        found[language] = {**about, "pairs": kinds}
     return found

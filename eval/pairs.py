@@ -4,11 +4,12 @@
 """
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -78,6 +79,8 @@ def drops(words: Sequence[str]) -> list[list[str]]:
 
 
 KINDS: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {"swap": swaps, "drop": drops}
+SHORTENED = frozenset({"drop"})
+"""Kinds that leave a sentence shorter, which a sum of log-probabilities rewards."""
 
 
 def sentences(text: str) -> list[str]:
@@ -120,12 +123,16 @@ def _draw(seed: int, kind: str, sentence: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{kind}/{sentence}".encode(), digest_size=16).digest())
 
 
-def pair_requests(pairs: Sequence[Pair], tokenizer: Tokenizer) -> list[Request]:
-    """Return two requests a pair, the good sentence first, each behind BOS (else EOS), so that all its tokens count."""
+def pair_requests(pairs: Sequence[Pair], tokenizer: Tokenizer, first: int = 0) -> list[Request]:
+    """Return two requests a pair, the good sentence first, each behind BOS (else EOS), so that all its tokens count.
+
+    Args:
+        first: the number by which messages call the first of them.
+    """
     prefix = prefix_token(tokenizer)
     return [
         Request(name=f"{pair.kind} pair {index} ({side})", tokens=[prefix, *tokenizer.encode(text)])
-        for index, pair in enumerate(pairs)
+        for index, pair in enumerate(pairs, start=first)
         for side, text in (("good", pair.good), ("bad", pair.bad))
     ]
 
@@ -176,3 +183,15 @@ def wilson(successes: int, count: int, *, confidence: float = 0.95) -> tuple[flo
     spread = z * ((share * (1 - share) + z * z / (4 * count)) / count) ** 0.5
     scale = 1 + z * z / count
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def macro(parts: Sequence[Accuracy]) -> tuple[float, float, float]:
+    """Return the mean of accuracies that each count alike, and its interval: (value, low, high).
+
+    The interval is made of those of the parts, which are taken as independent: the method of variance estimates
+    recovery (Zou and Donner 2008, Statistics in Medicine 27, equations 3 and 4).
+    """
+    value = fmean(part.value for part in parts)
+    below = math.fsum((part.value - part.low) ** 2 for part in parts) ** 0.5 / len(parts)
+    above = math.fsum((part.high - part.value) ** 2 for part in parts) ** 0.5 / len(parts)
+    return value, value - below, value + above

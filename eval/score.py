@@ -1,6 +1,8 @@
 """Log-probabilities of tokens under a model: the core of every score. B batch, T tokens, D model, V vocab, S scored.
 
-Batches are planned over all requests before ranks share them, so that a result is the same for any number of ranks.
+A row of a batch is one sequence, or several that begin alike: their prefix once, and the rest of each behind it, which
+sees the prefix and itself alone. Batches are planned over all requests before ranks share them, so that a result is the
+same for any number of ranks.
 """
 
 import math
@@ -16,6 +18,12 @@ from parallel.errors import InputError
 
 LOGITS = 1 << 24
 """Logits held at once (elements): 64 MiB in float32, whatever the vocabulary."""
+SHARED = 1024
+"""Tokens of a row of several sequences at most: its mask has the square of them."""
+WORTH = 0.25
+"""Share of its own tokens that a sequence has to save to join a row."""
+MASKED = ("sdpa", "eager")
+"""Kinds of attention that take any mask."""
 
 Gather = Callable[[Any], list[Any]]
 """All-gather of a Python object: every rank gives one and gets the list of all, in rank order."""
@@ -32,6 +40,18 @@ class Request:
     """Leading tokens that are given and not scored; at least 1."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Requests that are computed as one sequence."""
+
+    requests: tuple[int, ...]
+    """Their numbers."""
+    prefix: int
+    """Tokens that they share; 0 for one request alone."""
+    length: int
+    """Tokens of all."""
+
+
 @torch.no_grad()
 def token_logprobs(
     model: PreTrainedModel,
@@ -42,18 +62,22 @@ def token_logprobs(
     world: int = 1,
     gather: Gather | None = None,
     even: bool = False,
+    share: bool = False,
 ) -> list[np.ndarray]:
     """Return ln p(token | tokens before it) (nats, float64 [S]) of every scored token of every request.
 
     Requests of similar length share a batch of at most `batch_tokens` tokens, padding included; a longer one is a batch
     of its own. With `gather`, each of `world` ranks scores its share of the batches. `even` makes every rank take the
     same number of passes, repeating one if need be: needed where parameters are gathered collectively (ZeRO-3).
+    `share` computes what neighbouring requests begin with once, where the model's attention takes any mask.
 
     Raises:
-        InputError: a token lies outside the model's vocabulary, or a log-probability is not finite.
+        InputError: a token lies outside the model's vocabulary, a request is longer than the model's positions, or a
+            log-probability is not finite.
     """
     assert not model.training, "scoring wants a model in eval mode"
     vocab = model.config.vocab_size
+    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
     for request in requests:
         assert request.context >= 1, request
         if (largest := max(request.tokens, default=0)) >= vocab:
@@ -61,15 +85,23 @@ def token_logprobs(
                 f"{request.name}: token {largest} is outside the model's vocabulary of {vocab}; "
                 "is this the tokenizer that the model was trained with?"
             )
-    batches = plan_batches([len(request.tokens) for request in requests], batch_tokens)
-    shares = share_batches([len(batch) * len(requests[batch[0]].tokens) for batch in batches], world)
+        if len(request.tokens) > longest:
+            count = len(request.tokens)
+            raise InputError(f"{request.name}: {count} tokens are more than the model's {longest} positions")
+    rows = plan_rows(requests, longest=_longest_shared(model) if share else 0)
+    batches = [
+        [numbers[at] for at in batch]
+        for shared in (True, False)  # apart: a mask is slower, and has no window of attention
+        if (numbers := [number for number, row in enumerate(rows) if bool(row.prefix) == shared])
+        for batch in plan_batches([rows[number].length for number in numbers], batch_tokens)
+    ]
+    shares = share_batches([len(batch) * rows[batch[0]].length for batch in batches], world)
     mine = shares[rank]
     if even and batches:
         mine = mine + [0] * (max(len(share) for share in shares) - len(mine))
     found: dict[int, np.ndarray] = {}
     for number in mine:
-        batch = batches[number]
-        found.update(zip(batch, _score_batch(model, [requests[index] for index in batch]), strict=True))
+        found |= _score_batch(model, requests, [rows[index] for index in batches[number]])
     for part in gather(found) if gather else [found]:
         found |= part
     # Checked after the gather: every rank raises the same error and none waits for another.
@@ -101,37 +133,116 @@ def share_batches(costs: Sequence[int], world: int) -> list[list[int]]:
     return shares
 
 
-def _score_batch(model: PreTrainedModel, batch: Sequence[Request]) -> list[np.ndarray]:
+def plan_rows(requests: Sequence[Request], *, longest: int) -> list[Row]:
+    """Join neighbouring requests that begin alike into rows of at most `longest` tokens; 0: each is a row of its own.
+
+    Those of a row have the same context, within what they share, and each saves a quarter of its tokens at least.
+    """
+    rows: list[Row] = []
+    for number, request in enumerate(requests):
+        row = _joined(rows[-1], requests, number, longest) if rows and longest else None
+        if row is None:
+            rows.append(Row(requests=(number,), prefix=0, length=len(request.tokens)))
+        else:
+            rows[-1] = row
+    return rows
+
+
+def _joined(row: Row, requests: Sequence[Request], number: int, longest: int) -> Row | None:
+    """Return a row with one more request, or None if it does not save enough."""
+    first, new = requests[row.requests[0]], requests[number]
+    members = (*row.requests, number)
+    most = min(row.prefix or len(first.tokens) - 1, len(new.tokens) - 1)  # of each, a token is left to be scored
+    pairs = zip(first.tokens[:most], new.tokens[:most], strict=True)
+    prefix = next((at for at, (one, other) in enumerate(pairs) if one != other), most)
+    length = prefix + sum(len(requests[member].tokens) - prefix for member in members)
+    worth = length <= min(longest, row.length + (1 - WORTH) * len(new.tokens))
+    if not worth or first.context != new.context or prefix < new.context:
+        return None
+    return Row(requests=members, prefix=prefix, length=length)
+
+
+def _longest_shared(model: PreTrainedModel) -> int:
+    """Return how long a row of several sequences may be: 0 where attention takes no mask, and within its window."""
+    config = model.config
+    if getattr(config, "_attn_implementation", None) not in MASKED:
+        return 0
+    return min(SHARED, getattr(config, "sliding_window", None) or SHARED)
+
+
+def _score_batch(model: PreTrainedModel, requests: Sequence[Request], batch: Sequence[Row]) -> dict[int, np.ndarray]:
     """Score one batch: hidden states for all of it, logits chunk by chunk and just where a token is scored."""
-    width = max(max(len(request.tokens) - 1, 1) for request in batch)
+    width = max(max(row.length - 1, 1) for row in batch)
     # Padding is on the right and attention is causal: no scored token sees it, so no mask is needed, which is faster.
     ids = torch.zeros(len(batch), width, dtype=torch.long)  # [B, T]
+    places = torch.arange(width).repeat(len(batch), 1)  # [B, T]: positions in the sequence
+    parts = torch.zeros(len(batch), width, dtype=torch.long)  # [B, T]: 0 for what all of a row see, n for its n-th rest
     where, targets, sizes = [], [], []
-    for row, request in enumerate(batch):
-        tokens = torch.tensor(request.tokens, dtype=torch.long)
-        ids[row, : len(tokens) - 1] = tokens[:-1]
-        # The token at position t is predicted by the hidden state at t - 1.
-        where.append(torch.arange(request.context - 1, len(tokens) - 1) + row * width)
-        targets.append(tokens[request.context :])
-        sizes.append(len(targets[-1]))
-    device = model.device
-    hidden = model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state  # [B, T, D]
-    hidden = hidden.flatten(0, 1)[torch.cat(where).to(device)]  # [S, D]
-    wanted = torch.cat(targets).to(device)  # [S]
+
+    def score(tokens: torch.Tensor, at: torch.Tensor) -> None:
+        where.append(at)
+        targets.append(tokens)
+        sizes.append(len(tokens))
+
+    for number, row in enumerate(batch):
+        prefix, start = row.prefix, number * width
+        members = [torch.tensor(requests[member].tokens, dtype=torch.long) for member in row.requests]
+        context = requests[row.requests[0]].context
+        if prefix:  # the token at position t is predicted by the hidden state at t - 1
+            ids[number, :prefix] = members[0][:prefix]
+            score(members[0][context:prefix], torch.arange(context - 1, prefix - 1) + start)
+        at = prefix
+        for part, tokens in enumerate(members, start=1):
+            rest = len(tokens) - 1 - prefix
+            ids[number, at : at + rest] = tokens[prefix:-1]
+            places[number, at : at + rest] = torch.arange(prefix, prefix + rest)
+            parts[number, at : at + rest] = part if prefix else 0
+            if prefix:
+                score(tokens[prefix:], torch.tensor([prefix - 1, *range(at, at + rest)]) + start)
+            else:
+                score(tokens[context:], torch.arange(context - 1, rest) + start)
+            at += rest
+    about: dict[str, torch.Tensor] = {}
+    if any(row.prefix for row in batch):
+        about["attention_mask"] = _mask(parts, model.dtype).to(model.device)
+        about["position_ids"] = places.to(model.device)
+    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False, **about).last_hidden_state  # [B, T, D]
+    logprobs = _logprobs(model, hidden.flatten(0, 1)[torch.cat(where).to(model.device)], torch.cat(targets))
+    pieces = iter(np.split(logprobs, np.cumsum(sizes)[:-1]))
+    found: dict[int, np.ndarray] = {}
+    for row in batch:
+        begin = [next(pieces)] if row.prefix else []
+        found |= {member: np.concatenate([*begin, next(pieces)]) for member in row.requests}
+    return found
+
+
+def _mask(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to scores of attention [B, 1, T, T]: each sees what is before it, but no other rest."""
+    keys, queries = parts[:, None, None, :], parts[:, None, :, None]
+    width = parts.shape[1]
+    seen = torch.ones(width, width, dtype=torch.bool).tril() & ((keys == 0) | (keys == queries))
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _logprobs(model: PreTrainedModel, hidden: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
+    """Return ln p (float64 [S]) of tokens [S], given the hidden state that predicts each [S, D]."""
+    wanted = wanted.to(hidden.device)
     head = model.get_output_embeddings()
     step = max(1, LOGITS // model.config.vocab_size)
     divisor = getattr(model.config, "logits_scaling", None) or 1.0
     cap = getattr(model.config, "final_logit_softcapping", None)
-    logprobs = torch.empty(len(wanted), dtype=torch.float64, device=device)
+    logprobs = torch.empty(len(wanted), dtype=torch.float64, device=hidden.device)
     for start in range(0, len(wanted), step):
         piece = slice(start, start + step)
         logits = head(hidden[piece])  # [S, V]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / divisor
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if divisor != 1.0:
+            logits = logits / divisor
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         chosen = logits.gather(1, wanted[piece, None]).squeeze(1)
         logprobs[piece] = chosen - logits.logsumexp(dim=1)
-    return np.split(logprobs.cpu().numpy(), np.cumsum(sizes)[:-1])
+    return logprobs.cpu().numpy()
 
 
 def total(logprobs: np.ndarray) -> float:

@@ -4,20 +4,19 @@ import atexit
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from growmerge import __version__
 from growmerge.cli_data import data
+from growmerge.cli_eval import evaluate
+from growmerge.cli_merging import merge, sweep
 from growmerge.cli_stats import stats
+from growmerge.cli_targets import target_of, targets
 from growmerge.cli_tokenizer import tokenizer
 from parallel.errors import InputError
-
-if TYPE_CHECKING:
-    from growmerge.convert import Target
 
 ROOMS = ("checkpoint", "eval", "merge", "parallel", "slurm", "train", "upscale")
 
@@ -237,54 +236,8 @@ def inspect(checkpoint: Path, check: bool, finite: bool) -> None:
     print_checkpoint(checkpoint, check=check, finite=finite)
 
 
-def _targets(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what `grow` and `convert` know of their output: an argument each, named as in `growmerge.convert.Target`."""
-    options = [
-        click.argument("source", type=click.Path(path_type=Path)),
-        click.argument("folder", type=click.Path(path_type=Path), metavar="TARGET"),
-        click.option("--format", default="safetensors", show_default=True, help="safetensors, zero3 or universal."),
-        click.option("--dtype", help="float32, bfloat16 or float16; the source's own by default."),
-        click.option(
-            "--shard-gb", type=float, default=5.0, show_default=True, help="safetensors: size of a shard (GB)."
-        ),
-        click.option(
-            "--dp",
-            "ranks",
-            type=int,
-            default=1,
-            show_default=True,
-            help="zero3: data-parallel ranks that will load it.",
-        ),
-        click.option(
-            "--tp",
-            "tensor_ranks",
-            type=int,
-            default=1,
-            show_default=True,
-            help="zero3: tensor-parallel ranks (DeepSpeed's autotp_size) that will load it.",
-        ),
-        click.option(
-            "--vocab-parallel",
-            is_flag=True,
-            help="zero3 with --tp: cut a tied embedding too, as autotp_size alone makes DeepSpeed do.",
-        ),
-        click.option("--workers", type=int, help="Processes; by default as cores and memory allow."),
-        click.option("--finite", is_flag=True, help="Refuse a source with a NaN or an infinity."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _target(given: dict[str, Any]) -> "Target":
-    """Take what `_targets` added out of a command's arguments."""
-    from growmerge.convert import Target
-
-    return Target(**{field.name: given.pop(field.name) for field in fields(Target)})
-
-
 @main.command()
-@_targets
+@targets
 @click.option("--width", type=int, default=1, help="Factor of all that is not named below.")
 @click.option("--hidden", type=int, help="Factor of the hidden size.")
 @click.option("--heads", type=int, help="Factor of the query heads.")
@@ -306,80 +259,17 @@ def grow(source: Path, **given: Any) -> None:
     from growmerge.convert import grow_checkpoint
     from upscale.factors import Recipe
 
-    target = _target(given)
+    target = target_of(given)
     click.echo(grow_checkpoint(source, target, Recipe(**given)))
 
 
 @main.command()
-@_targets
+@targets
 def convert(source: Path, **given: Any) -> None:
     """Write the checkpoint SOURCE into the folder TARGET in another format, in bounded memory."""
     from growmerge.convert import convert_checkpoint
 
-    click.echo(convert_checkpoint(source, _target(given)))
-
-
-def _merging(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of commands that merge."""
-    options = [
-        click.option("--seed", type=int, help="Of methods that draw random numbers; the file's, or else 0."),
-        click.option("--allow-unrelated", is_flag=True, help="Merge models known not to stem from the base, too."),
-        click.option("--device", default="cpu", show_default=True, help="Where values are merged: cpu, cuda, cuda:1."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@main.command()
-@_targets
-@_merging
-@click.option("--lenient", is_flag=True, help="Pass over keys that no recipe has.")
-@click.option("--dry-run", is_flag=True, help="Check the recipe and its models, and stop.")
-def merge(
-    source: Path, seed: int | None, allow_unrelated: bool, device: str, lenient: bool, dry_run: bool, **given: Any
-) -> None:
-    """Merge the models of the recipe SOURCE, mergekit's YAML unchanged, into the folder TARGET."""
-    from growmerge.merging import apply_file, merge_file
-
-    target = _target(given)
-    applied, models = apply_file(source, seed=seed, lenient=lenient, allow_unrelated=allow_unrelated, device=device)
-    for note in applied.merged.notes:
-        click.echo(f"note: {note}", err=True)
-    if dry_run:
-        click.echo(f"{source}: nothing is wrong with it")
-        return
-    if applied.recipe.search is None:
-        click.echo(merge_file(target, applied, models))
-        return
-    from growmerge.searching import find_and_merge
-
-    click.echo(find_and_merge(target, applied, models))
-
-
-@main.command()
-@_targets
-@_merging
-@click.option("--recipes", is_flag=True, help="Write each merge's recipe instead of the model.")
-@click.option("--dry-run", is_flag=True, help="Check the spec and its models, list the merges, and stop.")
-def sweep(
-    source: Path, seed: int | None, allow_unrelated: bool, device: str, recipes: bool, dry_run: bool, **given: Any
-) -> None:
-    """Merge what the spec SOURCE asks for, subsets x methods x parameters, into TARGET; models are read once."""
-    from growmerge.sweeping import sweep_file
-
-    target = _target(given)
-    lines = sweep_file(
-        source,
-        target,
-        seed=seed,
-        allow_unrelated=allow_unrelated,
-        device=device,
-        recipes_only=recipes,
-        dry_run=dry_run,
-    )
-    for line in lines:
-        click.echo(line, err=line.startswith("note: "))
+    click.echo(convert_checkpoint(source, target_of(given)))
 
 
 @main.command()
@@ -396,11 +286,8 @@ def verify(small: Path, grown: Path, text: Path | None, tokens: int, by_module: 
     sys.exit(print_verification(small, grown, text=text, tokens=tokens, by_module=by_module, as_json=as_json))
 
 
-main.add_command(tokenizer)
-
-main.add_command(data)
-
-main.add_command(stats)
+for command in (merge, sweep, evaluate, tokenizer, data, stats):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from growmerge import rules, rules_data, rules_mixture, rules_pipeline
+from growmerge import rules, rules_data, rules_eval, rules_mixture, rules_pipeline
 from growmerge.schema import Pipeline, Stage, Training, TrainStage
 from parallel.document import Item, read_document
 from parallel.errors import InputError, one_of
@@ -20,8 +20,8 @@ VARIABLE = re.compile(r"\{([^{}]*)\}")
 STAGES = "stages."
 Kind = TypeVar("Kind")
 LARGEST = 2**63 - 1
-RANGES = {**rules.RANGES, **rules_data.RANGES, **rules_mixture.RANGES}
-RULES = {**rules.RULES, **rules_data.RULES, **rules_mixture.RULES, **rules_pipeline.RULES}
+RANGES = {**rules.RANGES, **rules_data.RANGES, **rules_mixture.RANGES, **rules_eval.RANGES}
+RULES = {**rules.RULES, **rules_data.RULES, **rules_mixture.RULES, **rules_pipeline.RULES, **rules_eval.RULES}
 OVERRIDES: Mapping[tuple[type, str], type] = {(TrainStage, "training"): Training}
 """Fields that hold some keys of another dataclass: each given key is checked as if it stood there."""
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from merge.tokenizer_files import read_tokenizer
 from merge.tokenizers import MergedVocabulary, merged_vocabulary
 from merge.vocabulary import aligned, moved_ids
 from parallel.errors import InputError
+from train.data.tokenizer import TextTokenizer, load_tokenizer
 
 TOKENIZER = "tokenizer.json"
 WRITTEN = "mergekit_config.yml"
@@ -78,6 +80,19 @@ class Models:
         if not (folder / TOKENIZER).is_file() and folder.parent.name == CHECKPOINTS:
             return folder.parent.parent / "model"
         return folder
+
+    def made_tokenizer(self) -> TextTokenizer:
+        """Return the tokenizer of what the recipe makes.
+
+        Raises:
+            InputError: there is none, or it cannot be read.
+        """
+        if self.vocabulary is None:
+            return load_tokenizer(self.tokenizer(self.recipe.models[0]))
+        with TemporaryDirectory() as folder:
+            for name, data in self.vocabulary.files.items():
+                (Path(folder) / name).write_bytes(data)
+            return load_tokenizer(Path(folder))
 
     def align(self, models: Mapping[str, Source]) -> dict[str, Source]:
         """Return the models over the output's vocabulary, if the recipe asks for one.

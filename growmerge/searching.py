@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -27,7 +26,7 @@ from merge.table import METHODS, Parameter
 from parallel.document import Item
 from parallel.errors import InputError
 from train.data.readers import Document
-from train.data.tokenizer import TextTokenizer, load_tokenizer
+from train.data.tokenizer import TextTokenizer
 
 
 def find_and_merge(target: Target, applied: Applied, models: Models) -> str:
@@ -144,13 +143,7 @@ def _key(merged: MergedSource, search: Search, texts: Mapping[str, Text]) -> str
 
 def _texts(search: Search, models: Models) -> dict[str, Text]:
     """Return the texts in the tokens of the model that is made."""
-    if models.vocabulary is None:
-        tokenizer = load_tokenizer(models.tokenizer(models.recipe.models[0]))
-    else:
-        with TemporaryDirectory() as folder:
-            for name, data in models.vocabulary.files.items():
-                (Path(folder) / name).write_bytes(data)
-            tokenizer = load_tokenizer(Path(folder))
+    tokenizer = models.made_tokenizer()
     files = {language: models.place_file(name) for language, name in search.texts.items()}
     return {language: development_text(read_text(path), tokenizer, search) for language, path in files.items()}
 

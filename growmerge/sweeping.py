@@ -49,12 +49,12 @@ def sweep_file(
     sweep = read_sweep(path)
     seed = sweep.seed or 0 if seed is None else seed
     for group in sweep.groups:
-        applied, models = _applied(sweep, group, seed, allow_unrelated, device)
+        applied, models = applied_group(sweep, group, seed, allow_unrelated=allow_unrelated, device=device)
         yield from dict.fromkeys(note for one in applied.values() for note in _notes(one))
         yield from (f"note: {sweep.file}: {note}" for note in different_words(models))
         if dry_run:
             yield from (_told(merge) for merge in group)
-        elif recipes_only:
+        elif recipes_only or not sweep.materialize:
             for merge in group:
                 text = replace(merge, seed=seed).recipe(_from_there(models, target.folder))
                 write_bytes(target.folder / f"{merge.name}.yml", text.encode())
@@ -67,8 +67,8 @@ def sweep_file(
     yield count if dry_run else f"{target.folder}: {count}"
 
 
-def _applied(
-    sweep: Sweep, group: Sequence[Merge], seed: int, allow_unrelated: bool, device: str
+def applied_group(
+    sweep: Sweep, group: Sequence[Merge], seed: int, *, allow_unrelated: bool, device: str
 ) -> tuple[dict[str, Applied], Models]:
     """Open what a group shares, once, and apply each recipe to it."""
     # Subset after subset as in a dictionary: each goes on from sums of its first models, which the last one had too.

@@ -9,6 +9,7 @@ methods:
   ties: {density: [0.3, 0.5]}        # a list is tried value by value; weight is 1 unless given
 dtype: bfloat16
 seed: 1                              # of methods that draw random numbers
+materialize: true                    # false: recipes, which `growmerge eval` merges in memory, instead of models
 """
 
 import itertools
@@ -27,7 +28,7 @@ from merge.table import METHODS
 from parallel.document import Item, read_document
 from parallel.errors import InputError, one_of
 
-KEYS = ("each", "models", "base_model", "subsets", "methods", "dtype", "seed", "name")
+KEYS = ("each", "models", "base_model", "subsets", "methods", "dtype", "seed", "name", "materialize")
 NAME = re.compile(r"\w[\w.+-]{0,199}")
 MOST = 100_000
 """Merges in a sweep at most."""
@@ -79,6 +80,8 @@ class Sweep:
     """Merges by the values of `each`, in the order of the file."""
     seed: int | None = None
     """Of methods that draw random numbers; None if the spec gives none."""
+    materialize: bool = True
+    """Whether models are written, or their recipes alone."""
 
     @property
     def merges(self) -> tuple[Merge, ...]:
@@ -112,7 +115,9 @@ def read_sweep(path: Path) -> Sweep:
         raise reader.error(reader.line(keys, "name"), f"two merges are called {twice!r}: name needs more of {{...}}")
     if len(merges) > MOST:
         raise reader.error(top.line, f"it comes to {len(merges)} merges; allowed are {MOST}")
-    return Sweep(file=path, groups=tuple(groups), seed=reader.seed(keys))
+    return Sweep(
+        file=path, groups=tuple(groups), seed=reader.seed(keys), materialize=reader.switch(keys, "materialize", True)
+    )
 
 
 class _Reader:
@@ -151,6 +156,14 @@ class _Reader:
             line, given = keys["seed"].line, keys["seed"].given
             raise self.error(line, f"seed is {given}: a whole number, 0 or more, is needed")
         return seed
+
+    def switch(self, keys: Mapping[str, Item], name: str, default: bool) -> bool:
+        if name not in keys:
+            return default
+        found = plain(keys[name])
+        if type(found) is not bool:
+            raise self.error(keys[name].line, f"{name} is {keys[name].given}: true or false is needed")
+        return found
 
     def fill(self, text: str, values: Mapping[str, str], line: int) -> str:
         """Return a text with the values of variables in the place of `{variable}`."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval.score
-from eval.score import Request, plan_batches, share_batches, token_logprobs, total
+from eval.score import Request, Row, plan_batches, plan_rows, share_batches, token_logprobs, total
 from parallel.errors import InputError
 
 
@@ -55,6 +55,76 @@ def test_heads_that_divide_or_cap_their_logits(kind, changes):
     model = AutoModelForCausalLM.from_config(config).eval()
     made = requests(count=5)
     for request, found in zip(made, token_logprobs(model, made, batch_tokens=100), strict=True):
+        np.testing.assert_allclose(found, oracle(model, request), rtol=0, atol=1e-5)
+
+
+def alike():
+    """Sequences that begin alike in twos and threes, with contexts within what they share, and some that do not."""
+    rng = np.random.Generator(np.random.Philox(4))
+
+    def some(count):
+        return rng.integers(0, 258, size=count).tolist()
+
+    made = []
+    for group, rests in enumerate([(1, 1), (3, 8), (2, 30), (5, 4, 6), (1, 1), (9,)]):
+        prefix, context = some(12), int(rng.integers(1, 12))
+        made += [Request(name=f"g{group}", tokens=prefix + some(rest), context=context) for rest in rests]
+    same = some(9)
+    return [*made, Request(name="same", tokens=same), Request(name="same", tokens=same), *requests(count=3)]
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3_text")
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_sequences_begin_with_is_computed_once(kind, batch_tokens):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(kind, **shape, head_dim=16, intermediate_size=48, vocab_size=258, pad_token_id=0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    made = alike()
+    passed = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, __, given: passed.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    together = token_logprobs(model, made, batch_tokens=batch_tokens, share=True)
+    hook.remove()
+    for request, found in zip(made, together, strict=True):
+        np.testing.assert_allclose(found, oracle(model, request), rtol=0, atol=2e-5)
+    if batch_tokens == 1:
+        assert sum(passed) < 0.8 * sum(len(request.tokens) - 1 for request in made)
+
+
+def test_rows_are_joined_where_that_saves_a_quarter():
+    def rows(*given, longest=100):
+        made = [Request(name="r", tokens=tokens, context=context) for tokens, context in given]
+        return [(row.requests, row.prefix, row.length) for row in plan_rows(made, longest=longest)]
+
+    assert rows(([1, 2, 3, 4], 1), ([1, 2, 3, 5], 1)) == [((0, 1), 3, 5)]
+    assert rows(([1, 2, 3, 4], 1), ([1, 2, 3, 4], 1)) == [((0, 1), 3, 5)]  # of each, the last is still scored
+    assert rows(([1, 2, 3, 4], 1), ([1, 2, 3, 5], 2)) == [((0,), 0, 4), ((1,), 0, 4)]  # another context
+    assert rows(([1, 2, 3, 4], 3), ([1, 2, 9, 4], 3)) == [((0,), 0, 4), ((1,), 0, 4)]  # contexts that differ
+    assert rows(([1, 2, 3, 4, 5], 1), ([1, 9, 9, 9, 9], 1)) == [((0,), 0, 5), ((1,), 0, 5)]
+    three = (([1, 2, 3, 4], 1), ([1, 2, 3, 5], 1), ([1, 2, 6, 7], 1))
+    assert rows(*three) == [((0, 1, 2), 2, 8)]
+    assert rows(*three, longest=7) == [((0, 1), 3, 5), ((2,), 0, 4)]
+    assert plan_rows([Request(name="r", tokens=[1, 2, 3])] * 2, longest=0) == [
+        Row(requests=(number,), prefix=0, length=3) for number in (0, 1)
+    ]
+
+
+def test_a_window_of_attention_is_not_left_by_shared_rows():
+    """Gemma attends to its last tokens alone: in a row of several sequences positions and places differ."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(
+        "gemma3_text", **shape, head_dim=16, intermediate_size=48, vocab_size=258, pad_token_id=0, sliding_window=14
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for request, found in zip(alike(), token_logprobs(model, alike(), batch_tokens=200, share=True), strict=True):
         np.testing.assert_allclose(found, oracle(model, request), rtol=0, atol=1e-5)
 
 

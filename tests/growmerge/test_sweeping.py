@@ -208,6 +208,12 @@ def test_of_models_with_and_without_a_head_of_their_own(folder, order):
     assert told("sweep", "spec.yaml", "recipes", "--recipes").exit_code == 0
     found = told("sweep", "spec.yaml", "out", "--workers", "1")
     assert found.exit_code == 0, found.stderr
+    with (folder / "spec.yaml").open("a") as spec:
+        spec.write("materialize: false\n")
+    assert told("sweep", "spec.yaml", "also").exit_code == 0
+    assert {path.name: path.read_bytes() for path in (folder / "also").iterdir()} == {
+        path.name: path.read_bytes() for path in (folder / "recipes").iterdir()
+    }
     for path in sorted((folder / "recipes").glob("*.yml")):
         assert told("merge", str(path), f"alone/{path.stem}").exit_code == 0
         one, alone = (folder / where / path.stem / "model.safetensors" for where in ("out", "alone"))

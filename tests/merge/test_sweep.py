@@ -94,6 +94,7 @@ def test_subsets_can_be_listed(tmp_path):
         ("density: 0.5}\n  dare", "lambda: 1e999}\n  dare", "14: lambda is 1e999: a finite number is needed"),
         ("{least: 2}", "{least: 1:30}", "9: least: 1:30 is given; allowed is 1 to 5"),
         ("dtype: bfloat16", "seed: -1", "16: seed is -1: a whole number, 0 or more, is needed"),
+        ("dtype: bfloat16", "materialize: 1", "16: materialize is 1: true or false is needed"),
         ("dtype: bfloat16", "seed: true", "16: seed is true: a whole number, 0 or more, is needed"),
         ("models:", "models: null\nother:", "3: unknown key 'other': *"),
     ],

@@ -1,0 +1,35 @@
+"""`growmerge eval`. It imports what it needs when it runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("eval")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--model", "only", multiple=True, help="Evaluate this one of the file's models; may be given again.")
+@click.option("--device", default="cpu", show_default=True, help="Where models run: cpu, cuda, cuda:1.")
+@click.option(
+    "--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of a batch at most."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
+def evaluate(config: Path, folder: Path, as_json: bool, **given: Any) -> None:
+    """Score every model of the file CONFIG on every task of it; OUT gets each one's verdict, `<model>.json`.
+
+    What is scored is kept in OUT: a killed run goes on, and nothing is scored twice.
+    """
+    from growmerge.evaluating import Options, evaluate_file
+    from growmerge.verdicts import print_table
+
+    verdicts = []
+    for verdict in evaluate_file(config, Options(folder=folder, **given)):
+        verdicts.append(verdict)
+        for note in verdict["model"]["notes"]:
+            click.echo(f"note: {verdict['model']['name']}: {note}", err=True)
+    if as_json:
+        click.echo(json.dumps(verdicts, ensure_ascii=False))
+    else:
+        print_table(verdicts)

@@ -1,0 +1,41 @@
+"""Verdicts of models side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def headline(task: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Return a task's main number: what it is called, and it with its interval. Samples have none."""
+    if "bits_per_byte" in task:
+        return "bits per byte", task["bits_per_byte"]
+    for name, called in (("sum", "accuracy"), ("per_token", "accuracy a token")):
+        if name in task:
+            return called, task[name]["macro"]
+    return None
+
+
+def print_table(verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """Print a row a model and a column a task."""
+    tasks = {name: task for verdict in verdicts for name, task in verdict["tasks"].items() if headline(task)}
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
+    for name, task in tasks.items():
+        found = headline(task)
+        assert found is not None, name
+        table.add_column(f"{name}\n{found[0]}", justify="right", no_wrap=True)
+    for verdict in verdicts:
+        row = [headline(verdict["tasks"][name]) for name in tasks]
+        table.add_row(verdict["model"]["name"], *(_written(*one) if one else "–" for one in row))
+    Console(highlight=False, width=max(120, Console().width)).print(table)
+
+
+def _written(called: str, number: Mapping[str, Any]) -> str:
+    """Return a number with its interval, accuracies in percent."""
+    scale, form = (100, "{:.1f}") if called.startswith("accuracy") else (1, "{:.3f}")
+    value, low, high = (number[key] for key in ("value", "low", "high"))
+    written = form.format(scale * value)
+    return written if low is None else f"{written} [{form.format(scale * low)}, {form.format(scale * high)}]"
