@@ -25,7 +25,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 # Two processes, a file's tests in one of them, in the order of the folders: else files of few, long tests come last.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test: check
 	$(PYTEST) -m "not slow"

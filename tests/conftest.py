@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model
+from xdist.scheduler import LoadScopeScheduling
 
 
 @pytest.fixture
@@ -23,8 +24,15 @@ def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist names the groups in this hook, too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests of a file, which share what they set up, to one process; and all that use the cluster."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.path.parts else item.path.name))
+class ByFile(LoadScopeScheduling):
+    """Gives the tests of a file, which share what they set up, to one process; and all that use the cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "tests/cluster" if path.startswith("tests/cluster/") else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Take that for every --dist: groups by marks need a pytest whose ids can be changed."""
+    return ByFile(config, log)
