@@ -1,6 +1,6 @@
-"""Text that a model writes: a sample for a reader's eye, the same for the same seed."""
+"""Text that a model writes: a sample for a reader's eye, the same for the same seed; or its likeliest answer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -37,12 +37,9 @@ def continue_text(
         raise InputError(f"a prompt of {start} tokens and {tokens} new ones exceed the model's {longest} positions")
     never = sorted({*banned, *({tokenizer.bos} if tokenizer.bos is not None else ())} - {tokenizer.eos})
     generator = torch.Generator().manual_seed(seed)
-    new, cache = written, None
+    steps = _steps(model, written)
+    logits = next(steps)
     while len(written) < start + tokens:
-        ids = torch.tensor([new], device=model.device)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        logits = output.logits[0, -1].float().cpu()  # [V]
         logits[never] = -torch.inf
         best, tokens_by_rank = logits.topk(min(top_k, len(logits)))
         # Drawn on the CPU, whose generator gives the same numbers on every machine.
@@ -51,5 +48,46 @@ def continue_text(
         if token == tokenizer.eos:
             break
         written.append(token)
-        new = [token]
+        if len(written) < start + tokens:
+            logits = steps.send(token)
     return tokenizer.decode(written[start:])
+
+
+@torch.inference_mode()
+def continue_greedily(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, *, tokens: int, until: Sequence[str] = ()
+) -> str:
+    """Return up to `tokens` likeliest tokens that continue a prompt, without the prompt and what stands in `until`.
+
+    EOS ends the text early. A prompt that leaves no room for them loses its beginning.
+    """
+    longest = model.config.max_position_embeddings
+    tokens = min(tokens, longest - 1)
+    prefix, words = prefix_token(tokenizer), tokenizer.encode(prompt)
+    room = longest - tokens - 1
+    steps = _steps(model, [prefix, *words[max(0, len(words) - room) :]])
+    logits = next(steps)
+    new: list[int] = []
+    text = ""
+    while len(new) < tokens:
+        token = int(logits.argmax())
+        if token == tokenizer.eos:
+            break
+        new.append(token)
+        text = tokenizer.decode(new)
+        if any(stop in text for stop in until):
+            break
+        if len(new) < tokens:
+            logits = steps.send(token)
+    return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _steps(model: PreTrainedModel, prompt: Sequence[int]) -> Generator[torch.Tensor, int, None]:
+    """Yield the logits [V] behind a prompt, and behind each token that is sent."""
+    new, cache = [*prompt], None
+    while True:
+        output = model(
+            input_ids=torch.tensor([new], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache = output.past_key_values
+        new = [(yield output.logits[0, -1].float().cpu())]

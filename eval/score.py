@@ -52,7 +52,6 @@ class Row:
     """Tokens of all."""
 
 
-@torch.no_grad()
 def token_logprobs(
     model: PreTrainedModel,
     requests: Sequence[Request],
@@ -75,6 +74,32 @@ def token_logprobs(
         InputError: a token lies outside the model's vocabulary, a request is longer than the model's positions, or a
             log-probability is not finite.
     """
+    how: dict[str, Any] = {"rank": rank, "world": world, "gather": gather, "even": even, "share": share}
+    return [found[0] for found in _scores(model, requests, batch_tokens=batch_tokens, greedy=False, **how)]
+
+
+def greedy_logprobs(
+    model: PreTrainedModel, requests: Sequence[Request], *, batch_tokens: int
+) -> list[tuple[np.ndarray, bool]]:
+    """Return of every request what `token_logprobs` does, and whether each of its scored tokens is a likeliest one."""
+    found = _scores(model, requests, batch_tokens=batch_tokens, greedy=True, share=True)
+    return [(logprobs, bool(best.all())) for logprobs, best in found]
+
+
+@torch.no_grad()
+def _scores(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int,
+    greedy: bool,
+    share: bool,
+    rank: int = 0,
+    world: int = 1,
+    gather: Gather | None = None,
+    even: bool = False,
+) -> list[np.ndarray]:
+    """Return [1, S] of every request: log-probabilities, and with `greedy` [2, S]: whether no token is likelier."""
     assert not model.training, "scoring wants a model in eval mode"
     vocab = model.config.vocab_size
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -85,7 +110,7 @@ def token_logprobs(
                 f"{request.name}: token {largest} is outside the model's vocabulary of {vocab}; "
                 "is this the tokenizer that the model was trained with?"
             )
-        if len(request.tokens) > longest:
+        if len(request.tokens) - 1 > longest:  # the last one is scored alone
             count = len(request.tokens)
             raise InputError(f"{request.name}: {count} tokens are more than the model's {longest} positions")
     rows = plan_rows(requests, longest=_longest_shared(model) if share else 0)
@@ -101,7 +126,7 @@ def token_logprobs(
         mine = mine + [0] * (max(len(share) for share in shares) - len(mine))
     found: dict[int, np.ndarray] = {}
     for number in mine:
-        found |= _score_batch(model, requests, [rows[index] for index in batches[number]])
+        found |= _score_batch(model, requests, [rows[index] for index in batches[number]], greedy)
     for part in gather(found) if gather else [found]:
         found |= part
     # Checked after the gather: every rank raises the same error and none waits for another.
@@ -170,7 +195,9 @@ def _longest_shared(model: PreTrainedModel) -> int:
     return min(SHARED, getattr(config, "sliding_window", None) or SHARED)
 
 
-def _score_batch(model: PreTrainedModel, requests: Sequence[Request], batch: Sequence[Row]) -> dict[int, np.ndarray]:
+def _score_batch(
+    model: PreTrainedModel, requests: Sequence[Request], batch: Sequence[Row], greedy: bool
+) -> dict[int, np.ndarray]:
     """Score one batch: hidden states for all of it, logits chunk by chunk and just where a token is scored."""
     width = max(max(row.length - 1, 1) for row in batch)
     # Padding is on the right and attention is causal: no scored token sees it, so no mask is needed, which is faster.
@@ -207,12 +234,12 @@ def _score_batch(model: PreTrainedModel, requests: Sequence[Request], batch: Seq
         about["attention_mask"] = _mask(parts, model.dtype).to(model.device)
         about["position_ids"] = places.to(model.device)
     hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False, **about).last_hidden_state  # [B, T, D]
-    logprobs = _logprobs(model, hidden.flatten(0, 1)[torch.cat(where).to(model.device)], torch.cat(targets))
-    pieces = iter(np.split(logprobs, np.cumsum(sizes)[:-1]))
+    chosen = hidden.flatten(0, 1)[torch.cat(where).to(model.device)]
+    pieces = iter(np.split(_logprobs(model, chosen, torch.cat(targets), greedy), np.cumsum(sizes)[:-1], axis=1))
     found: dict[int, np.ndarray] = {}
     for row in batch:
         begin = [next(pieces)] if row.prefix else []
-        found |= {member: np.concatenate([*begin, next(pieces)]) for member in row.requests}
+        found |= {member: np.concatenate([*begin, next(pieces)], axis=1) for member in row.requests}
     return found
 
 
@@ -224,14 +251,14 @@ def _mask(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _logprobs(model: PreTrainedModel, hidden: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
-    """Return ln p (float64 [S]) of tokens [S], given the hidden state that predicts each [S, D]."""
+def _logprobs(model: PreTrainedModel, hidden: torch.Tensor, wanted: torch.Tensor, greedy: bool) -> np.ndarray:
+    """Return ln p (float64 [1, S]) of tokens [S], given the hidden state that predicts each [S, D]; as `_scores`."""
     wanted = wanted.to(hidden.device)
     head = model.get_output_embeddings()
     step = max(1, LOGITS // model.config.vocab_size)
     divisor = getattr(model.config, "logits_scaling", None) or 1.0
     cap = getattr(model.config, "final_logit_softcapping", None)
-    logprobs = torch.empty(len(wanted), dtype=torch.float64, device=hidden.device)
+    found = torch.empty(1 + greedy, len(wanted), dtype=torch.float64, device=hidden.device)
     for start in range(0, len(wanted), step):
         piece = slice(start, start + step)
         logits = head(hidden[piece])  # [S, V]
@@ -241,8 +268,10 @@ def _logprobs(model: PreTrainedModel, hidden: torch.Tensor, wanted: torch.Tensor
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         chosen = logits.gather(1, wanted[piece, None]).squeeze(1)
-        logprobs[piece] = chosen - logits.logsumexp(dim=1)
-    return logprobs.cpu().numpy()
+        found[0, piece] = chosen - logits.logsumexp(dim=1)
+        if greedy:
+            found[1, piece] = (chosen >= logits.amax(dim=1)).double()
+    return found.cpu().numpy()
 
 
 def total(logprobs: np.ndarray) -> float:

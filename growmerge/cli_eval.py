@@ -15,15 +15,22 @@ import click
 @click.option(
     "--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of a batch at most."
 )
+@click.option(
+    "--export", is_flag=True, help="Only write the tasks as lm-evaluation-harness reads them, to OUT/lm_eval."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
-def evaluate(config: Path, folder: Path, as_json: bool, **given: Any) -> None:
+def evaluate(config: Path, folder: Path, export: bool, as_json: bool, **given: Any) -> None:
     """Score every model of the file CONFIG on every task of it; OUT gets each one's verdict, `<model>.json`.
 
     What is scored is kept in OUT: a killed run goes on, and nothing is scored twice.
     """
-    from growmerge.evaluating import Options, evaluate_file
+    from growmerge.evaluating import Options, evaluate_file, export_file
     from growmerge.verdicts import print_table
 
+    if export:
+        for path in export_file(config, folder):
+            click.echo(path)
+        return
     verdicts = []
     for verdict in evaluate_file(config, Options(folder=folder, **given)):
         verdicts.append(verdict)

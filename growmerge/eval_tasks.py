@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,24 @@ class Prompts:
     seed: int
 
 
-def read_task(asked: EvalTask, base: Path, *, seed: int) -> Task | Prompts:
+@dataclass(frozen=True, kw_only=True)
+class Harness:
+    """Tasks of lm-evaluation-harness."""
+
+    names: Sequence[str]
+    include: str | None
+    shots: int | None
+    limit: int | None
+    version: str
+    """Of lm-eval."""
+    files: Sequence[tuple[str, str]]
+    """Those of `include` with their checksums."""
+
+
+Asked = Task | Prompts | Harness
+
+
+def read_task(asked: EvalTask, base: Path, *, seed: int) -> Asked:
     """Read a task's data.
 
     Args:
@@ -43,6 +61,8 @@ def read_task(asked: EvalTask, base: Path, *, seed: int) -> Task | Prompts:
     """
     if asked.kind == "samples":
         return Prompts(prompts=asked.prompts, tokens=asked.tokens, temperature=asked.temperature, seed=seed)
+    if asked.kind == "harness":
+        return _harness(asked, base)
     if asked.kind == "pairs":
         columns = Columns(good=asked.good, bad=asked.bad, phenomenon=asked.phenomenon, where=asked.where)
         if asked.files is not None:
@@ -64,26 +84,45 @@ def read_task(asked: EvalTask, base: Path, *, seed: int) -> Task | Prompts:
     return TextTask(documents=documents, window=window, stride=asked.stride or max(1, window // 2))
 
 
-def fitted(task: Task | Prompts, asked: EvalTask, positions: int) -> Task | Prompts:
+def fitted(task: Asked, asked: EvalTask, positions: int) -> Asked:
     """Return a task with a window that a model has positions for, unless the file gives one."""
     if not isinstance(task, TextTask) or asked.window is not None or task.window <= positions:
         return task
     return replace(task, window=positions, stride=min(task.stride, max(1, positions // 2)))
 
 
-def key_of(task: Task | Prompts) -> str:
+def key_of(task: Asked) -> str:
     """Return what decides a task's scores, as a hash: its data and its rule."""
     plain = [RULE, type(task).__name__, _plain(task)]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()
 
 
-def _plain(task: Task | Prompts) -> Any:
+def _plain(task: Asked) -> Any:
     if isinstance(task, TextTask):
         return [[[one.id, one.text] for one in task.documents], task.window, task.stride]
     if isinstance(task, PairsTask):
         return [[one.good, one.bad, one.kind] for one in task.pairs]
-    assert isinstance(task, Prompts), task
-    return asdict(task)
+    assert isinstance(task, (Prompts, Harness)), task
+    return {name: value for name, value in asdict(task).items() if name != "include"}
+
+
+def _harness(asked: EvalTask, base: Path) -> Harness:
+    try:
+        installed = version("lm_eval")
+    except PackageNotFoundError:
+        raise InputError("lm-eval is not installed: pip install 'growmerge[harness]'") from None
+    folder = None if asked.include is None else base / asked.include
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"include: {folder}: no such folder")
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".py", ".jsonl")) if folder else []
+    return Harness(
+        names=asked.names,
+        include=None if folder is None else str(folder),
+        shots=asked.shots,
+        limit=asked.limit,
+        version=installed,
+        files=[(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files],
+    )
 
 
 def _documents(asked: EvalTask, base: Path) -> list[Passage]:

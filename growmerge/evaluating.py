@@ -1,7 +1,8 @@
 """`growmerge eval`: every model of a file on every task of it; what is scored is kept, and never scored again.
 
-In the folder: `<model>.json`, a model's verdict, and `scores/<model's key>/<task's key>.jsonl`, a line of rows for each
-part of a task (see `eval.tasks`), from which a killed run goes on and which comparisons read.
+In the folder: `<model>.json`, a model's verdict; `lm_eval/<model>.json`, the same in lm-eval's shape; and
+`scores/<model's key>/<task's key>.jsonl`, a line of rows for each part of a task (see `eval.tasks`), from which a
+killed run goes on and which comparisons read.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ from eval.score import token_logprobs
 from eval.tasks import Task, TextTask
 from growmerge import __version__
 from growmerge.config import load_file
-from growmerge.eval_tasks import WINDOW, Prompts, fitted, key_of, read_task
+from growmerge.eval_export import FOLDER, as_results, export_tasks
+from growmerge.eval_tasks import WINDOW, Asked, Harness, Prompts, fitted, key_of, read_task
 from growmerge.events import EventLog, read_events
 from growmerge.merging import checked_device
 from growmerge.schema_eval import EvalConfig
@@ -60,12 +62,8 @@ def evaluate_file(path: Path, options: Options) -> Iterator[dict[str, Any]]:
         InputError: anything wrong with the file, its models or its data, all of which is read before any work; a model
             that has diverged or does not fit into memory.
     """
-    config, marks = load_file(EvalConfig, path)
+    config, tasks = _read(path)
     checked_device(options.device)
-    tasks: dict[str, Task | Prompts] = {}
-    for name, asked in config.tasks.items():
-        with marks.within(f"tasks.{name}"):
-            tasks[name] = read_task(asked, path.absolute().parent, seed=config.seed)
     found = [*subjects(config.models, config.sweep, path.absolute())]
     names = [one.name for one in found]
     for name in options.only:
@@ -77,6 +75,27 @@ def evaluate_file(path: Path, options: Options) -> Iterator[dict[str, Any]]:
     machine = _Machine(config, options)
     for subject in chosen:
         yield _verdict(config, tasks, subject, machine, options)
+
+
+def export_file(path: Path, folder: Path) -> list[Path]:
+    """Write a file's tasks as lm-eval reads them; return the YAML files.
+
+    Raises:
+        InputError: as `evaluate_file` of the file and its data.
+    """
+    _, tasks = _read(path)
+    return export_tasks(
+        {name: task for name, task in tasks.items() if not isinstance(task, (Prompts, Harness))}, folder / FOLDER
+    )
+
+
+def _read(path: Path) -> tuple[EvalConfig, dict[str, Asked]]:
+    config, marks = load_file(EvalConfig, path)
+    tasks = {}
+    for name, asked in config.tasks.items():
+        with marks.within(f"tasks.{name}"):
+            tasks[name] = read_task(asked, path.absolute().parent, seed=config.seed)
+    return config, tasks
 
 
 class _Machine:
@@ -105,7 +124,7 @@ class _Machine:
 
 
 def _verdict(
-    config: EvalConfig, tasks: Mapping[str, Task | Prompts], subject: Subject, machine: _Machine, options: Options
+    config: EvalConfig, tasks: Mapping[str, Asked], subject: Subject, machine: _Machine, options: Options
 ) -> dict[str, Any]:
     """Score what is not known of a model; write its verdict and return it."""
     try:
@@ -141,6 +160,7 @@ def _verdict(
         },
         "tasks": results,
     }
+    write_json(options.folder / FOLDER / f"{subject.name}.json", as_results(verdict))
     write_json(options.folder / f"{subject.name}.json", verdict)
     return verdict
 
@@ -151,7 +171,7 @@ def _hash(*parts: object) -> str:
 
 def _results(
     config: EvalConfig,
-    tasks: Mapping[str, Task | Prompts],
+    tasks: Mapping[str, Asked],
     subject: Subject,
     tokenizer: TextTokenizer,
     folder: Path,
@@ -179,6 +199,10 @@ def _results(
                     kept.add([[prompt, _sample(loaded(), tokenizer, prompt, task)]])
                 samples = [{"prompt": prompt, "text": text} for prompt, text in kept.rows]
                 numbers: dict[str, Any] = {"samples": samples}
+            elif isinstance(task, Harness):
+                if not kept.rows:
+                    kept.add([[_harness(loaded(), tokenizer, task, config, options)]])
+                numbers = kept.rows[0][0]
             else:
                 if len(kept.rows) < len(task):
                     _score(task, loaded(), tokenizer, kept, f"{subject.name}: {name}", options.batch_tokens)
@@ -240,3 +264,12 @@ def _part(task: Task, items: Iterator[int], tokenizer: TextTokenizer) -> Iterato
 
 def _sample(model: PreTrainedModel, tokenizer: TextTokenizer, prompt: str, task: Prompts) -> str:
     return continue_text(model, tokenizer, prompt, tokens=task.tokens, seed=task.seed, temperature=task.temperature)
+
+
+def _harness(
+    model: PreTrainedModel, tokenizer: TextTokenizer, task: Harness, config: EvalConfig, options: Options
+) -> dict[str, Any]:
+    from growmerge.harness import run_harness  # it takes seconds to import
+
+    how = {"batch_tokens": options.batch_tokens, "resamples": config.resamples, "seed": config.seed}
+    return run_harness(model, tokenizer, task, **how)

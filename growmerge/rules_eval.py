@@ -12,6 +12,8 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "count": FROM_1,
         "tokens": FROM_1,
         "temperature": ABOVE_0,
+        "shots": FROM_0,
+        "limit": FROM_1,
         "window": Range(at_least=2),
         "stride": FROM_1,
     },
@@ -24,6 +26,7 @@ OF_KINDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("good", "bad", "phenomenon", "where"), ("pairs",)),
     **dict.fromkeys(("count", "unlike"), ("corrupt",)),
     **dict.fromkeys(("prompts", "tokens", "temperature"), ("samples",)),
+    **dict.fromkeys(("names", "include", "shots", "limit"), ("harness",)),
     **dict.fromkeys(("window", "stride"), ("text",)),
 }
 """By key, the kinds of task that it means something to; all others are of every kind."""
@@ -33,12 +36,14 @@ UNSET = {one.name: one.default for one in fields(EvalTask)}
 def task(task: EvalTask) -> Iterator[Problem]:
     for name, kinds in OF_KINDS.items():
         value = getattr(task, name)
-        given = bool(value) if name in ("where", "unlike", "prompts", "data_files") else value != UNSET[name]
+        given = bool(value) if isinstance(value, (tuple, Mapping)) else value != UNSET[name]
         if given and task.kind not in kinds:
             yield name, f"has no meaning for kind {task.kind}: it is of {', '.join(kinds)}"
-    if task.kind == "samples":
-        if not task.prompts:
-            yield "prompts", "none is given: samples need what the model goes on from"
+    if task.kind == "samples" and not task.prompts:
+        yield "prompts", "none is given: samples need what the model goes on from"
+    if task.kind == "harness" and not task.names:
+        yield "names", "none is given: which of lm-eval's tasks?"
+    if task.kind in ("samples", "harness"):
         return
     if (task.files is None) == (task.hub is None):
         yield "", "exactly one of `files` (globs) and `hub` (a data set) says where the data is"

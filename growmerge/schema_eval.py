@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-TaskKind = Literal["text", "pairs", "corrupt", "samples"]
+TaskKind = Literal["text", "pairs", "corrupt", "samples", "harness"]
 EvalPrecision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -14,7 +14,8 @@ class EvalTask:
 
     kind: TaskKind
     """text: bits per byte of documents; pairs: minimal pairs, how often the good sentence is the likelier one; corrupt:
-    pairs made of a text, by swapping neighbouring words and by leaving words out; samples: what the model writes."""
+    pairs made of a text, by swapping neighbouring words and by leaving words out; samples: what the model writes;
+    harness: tasks of lm-evaluation-harness."""
     language: str = ""
     """ISO 639-3 code; tasks of one language stand together."""
     domain: str = ""
@@ -51,6 +52,14 @@ class EvalTask:
     """samples: tokens that it writes at most."""
     temperature: float = 0.8
     """samples: of the draws."""
+    names: tuple[str, ...] = ()
+    """harness: of its tasks or groups, such as `belebele_swe_Latn`."""
+    include: str | None = None
+    """harness: a folder with further tasks; their code, if they have any, is run by lm-eval."""
+    shots: int | None = None
+    """harness: examples before each item; as the task says by default."""
+    limit: int | None = None
+    """harness: items of each task at most, to try it out."""
     window: int | None = None
     """text: tokens of the sliding window; 2048 or the model's positions by default."""
     stride: int | None = None

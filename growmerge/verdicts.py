@@ -7,6 +7,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+Z = 1.96
+"""Standard errors on either side of a mean for 95 %: lm-eval gives these alone."""
+
 
 def headline(task: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """Return a task's main number: what it is called, and it with its interval. Samples have none."""
@@ -15,6 +18,14 @@ def headline(task: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     for name, called in (("sum", "accuracy"), ("per_token", "accuracy a token")):
         if name in task:
             return called, task[name]["macro"]
+    if len(results := task.get("results", {})) == 1:
+        (found,) = results.values()
+        for metric, called in (("acc,none", "accuracy"), ("bits_per_byte,none", "bits per byte")):
+            if metric in found:
+                value, error = found[metric], found.get(metric.replace(",", "_stderr,"))
+                spread = Z * error if isinstance(error, float) else None
+                low, high = (None, None) if spread is None else (value - spread, value + spread)
+                return called, {"value": value, "low": low, "high": high}
     return None
 
 
