@@ -35,7 +35,21 @@ def interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Return a statistic of documents with its percentile interval.
+    """Return a statistic of documents with its percentile interval; as `resampled`.
+
+    Raises:
+        InputError: the columns differ in length, or hold fewer than 2 documents.
+    """
+    value, values = resampled(columns, statistic, resamples=resamples, seed=seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return Interval(value=value, low=float(low), high=float(high))
+
+
+def resampled(
+    columns: Mapping[str, Column], statistic: Callable[[Sums], np.ndarray], *, resamples: int, seed: int
+) -> tuple[float, np.ndarray]:
+    """Return a statistic of documents, and its values over resamples (float64 [R]).
 
     `columns` gives one number a document each, all in the same order; `statistic` maps their sums over documents
     (float64 [R], one a resample) to values [R]. Documents are resampled as a whole: a row of all columns at once.
@@ -63,9 +77,7 @@ def interval(
     def evaluate(rows: np.ndarray) -> np.ndarray:
         return np.asarray(statistic({name: rows[:, at] for at, name in enumerate(columns)}))
 
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(evaluate(sums), [tail, 1 - tail])
-    return Interval(value=float(evaluate(table.sum(axis=0)[None])[0]), low=float(low), high=float(high))
+    return float(evaluate(table.sum(axis=0)[None])[0]), evaluate(sums)
 
 
 def ratio_interval(

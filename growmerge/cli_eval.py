@@ -1,4 +1,4 @@
-"""`growmerge eval`. It imports what it needs when it runs."""
+"""`growmerge eval` and `growmerge compare`. They import what they need when they run."""
 
 import json
 from pathlib import Path
@@ -40,3 +40,23 @@ def evaluate(config: Path, folder: Path, export: bool, as_json: bool, **given: A
         click.echo(json.dumps(verdicts, ensure_ascii=False))
     else:
         print_table(verdicts)
+
+
+@click.command()
+@click.argument("places", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True, metavar="VERDICT...")
+@click.option("--base", help="The model that the others are compared with; the first by default.")
+@click.option("--task", "tasks", multiple=True, help="Compare on this one; may be given again. All by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(places: tuple[Path, ...], base: str | None, tasks: tuple[str, ...], as_json: bool) -> None:
+    """Put models side by side, each against the first: VERDICT is a file of `growmerge eval`, or its folder with all.
+
+    Accuracies by McNemar's exact test, bits per byte by a paired bootstrap; p is adjusted for all that is shown (Holm).
+    """
+    from growmerge.comparing import compare as compare_models
+    from growmerge.comparing import print_comparison
+
+    found = compare_models(places, base=base, tasks=tasks)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        print_comparison(found)

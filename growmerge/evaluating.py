@@ -7,7 +7,7 @@ killed run goes on and which comparisons read.
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from eval.tasks import Task, TextTask
 from growmerge import __version__
 from growmerge.config import load_file
 from growmerge.eval_export import FOLDER, as_results, export_tasks
+from growmerge.eval_rows import Kept
 from growmerge.eval_tasks import WINDOW, Asked, Harness, Prompts, fitted, key_of, read_task
-from growmerge.events import EventLog, read_events
 from growmerge.merging import checked_device
 from growmerge.schema_eval import EvalConfig
 from growmerge.show import Bar
@@ -192,7 +192,7 @@ def _results(
         task = fitted(tasks[name], asked, positions)
         key = key_of(task)
         file = folder / f"{key[:16]}.jsonl"
-        kept = _Kept(file)
+        kept = Kept(file)
         try:
             if isinstance(task, Prompts):
                 for prompt in task.prompts[len(kept.rows) :]:
@@ -217,28 +217,8 @@ def _results(
     return found
 
 
-class _Kept:
-    """The rows of a task that are scored, in a file that grows by a line a part."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: list[list[Any]] = []
-        """Of the first items, in order."""
-        for event in read_events(path):
-            if event.get("from") == len(self.rows):  # of a part that was written twice the first counts
-                self.rows += event["rows"]
-        self._log: EventLog | None = None
-
-    def add(self, rows: Sequence[list[Any]]) -> None:
-        """Keep the rows of the next items."""
-        with disk_errors(self._path):
-            self._log = self._log or EventLog(self._path)
-            self._log.write({"from": len(self.rows), "rows": rows})
-        self.rows += rows
-
-
 def _score(
-    task: Task, model: PreTrainedModel, tokenizer: TextTokenizer, kept: _Kept, what: str, batch_tokens: int
+    task: Task, model: PreTrainedModel, tokenizer: TextTokenizer, kept: Kept, what: str, batch_tokens: int
 ) -> None:
     """Score the items of a task that are not kept yet, part by part."""
     if isinstance(task, TextTask):

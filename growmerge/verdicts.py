@@ -40,13 +40,14 @@ def print_table(verdicts: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(f"{name}\n{found[0]}", justify="right", no_wrap=True)
     for verdict in verdicts:
         row = [headline(verdict["tasks"][name]) for name in tasks]
-        table.add_row(verdict["model"]["name"], *(_written(*one) if one else "–" for one in row))
+        table.add_row(verdict["model"]["name"], *(written(*one) if one else "–" for one in row))
     Console(highlight=False, width=max(120, Console().width)).print(table)
 
 
-def _written(called: str, number: Mapping[str, Any]) -> str:
+def written(called: str, number: Mapping[str, Any], *, sign: bool = False) -> str:
     """Return a number with its interval, accuracies in percent."""
-    scale, form = (100, "{:.1f}") if called.startswith("accuracy") else (1, "{:.3f}")
+    plus = "+" if sign else ""
+    scale, form = (100, f"{{:{plus}.1f}}") if called.startswith("accuracy") else (1, f"{{:{plus}.3f}}")
     value, low, high = (number[key] for key in ("value", "low", "high"))
-    written = form.format(scale * value)
-    return written if low is None else f"{written} [{form.format(scale * low)}, {form.format(scale * high)}]"
+    found = form.format(scale * value)
+    return found if low is None else f"{found} [{form.format(scale * low)}, {form.format(scale * high)}]"
