@@ -71,11 +71,24 @@ def token_logprobs(
     `share` computes what neighbouring requests begin with once, where the model's attention takes any mask.
 
     Raises:
-        InputError: a token lies outside the model's vocabulary, a request is longer than the model's positions, or a
-            log-probability is not finite.
+        InputError: a token lies outside the model's vocabulary, or a log-probability is not finite.
     """
     how: dict[str, Any] = {"rank": rank, "world": world, "gather": gather, "even": even, "share": share}
     return [found[0] for found in _scores(model, requests, batch_tokens=batch_tokens, greedy=False, **how)]
+
+
+def check_lengths(model: PreTrainedModel, requests: Sequence[Request]) -> None:
+    """Check that sequences are within a model's positions, behind which it computes as it was never trained to.
+
+    Raises:
+        InputError: one is not; the line names it.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for request in requests:
+        if len(request.tokens) - 1 > longest:  # the last one is scored alone
+            raise InputError(
+                f"{request.name}: {len(request.tokens)} tokens are more than the model's {longest} positions"
+            )
 
 
 def greedy_logprobs(
@@ -102,7 +115,6 @@ def _scores(
     """Return [1, S] of every request: log-probabilities, and with `greedy` [2, S]: whether no token is likelier."""
     assert not model.training, "scoring wants a model in eval mode"
     vocab = model.config.vocab_size
-    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
     for request in requests:
         assert request.context >= 1, request
         if (largest := max(request.tokens, default=0)) >= vocab:
@@ -110,9 +122,6 @@ def _scores(
                 f"{request.name}: token {largest} is outside the model's vocabulary of {vocab}; "
                 "is this the tokenizer that the model was trained with?"
             )
-        if len(request.tokens) - 1 > longest:  # the last one is scored alone
-            count = len(request.tokens)
-            raise InputError(f"{request.name}: {count} tokens are more than the model's {longest} positions")
     rows = plan_rows(requests, longest=_longest_shared(model) if share else 0)
     batches = [
         [numbers[at] for at in batch]

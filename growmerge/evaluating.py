@@ -20,7 +20,7 @@ from checkpoint.files import disk_errors, write_json
 from eval.bits_per_byte import check_window
 from eval.model import load_model, refill
 from eval.samples import continue_text
-from eval.score import token_logprobs
+from eval.score import check_lengths, token_logprobs
 from eval.tasks import Task, TextTask
 from growmerge import __version__
 from growmerge.config import load_file
@@ -227,6 +227,7 @@ def _score(
     with Bar(what, len(task), len(kept.rows)) as bar:
         while part := [*_part(task, items, tokenizer)]:
             flat = [request for _, requests in part for request in requests]
+            check_lengths(model, flat)
             scored = iter(token_logprobs(model, flat, batch_tokens=batch_tokens, share=True))
             kept.add([task.row(item, [next(scored) for _ in requests]) for item, requests in part])
             bar.update(len(kept.rows))
