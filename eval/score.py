@@ -91,11 +91,9 @@ def check_lengths(model: PreTrainedModel, requests: Sequence[Request]) -> None:
             )
 
 
-def greedy_logprobs(
-    model: PreTrainedModel, requests: Sequence[Request], *, batch_tokens: int
-) -> list[tuple[np.ndarray, bool]]:
+def greedy_logprobs(model: PreTrainedModel, requests: Sequence[Request], **how: Any) -> list[tuple[np.ndarray, bool]]:
     """Return of every request what `token_logprobs` does, and whether each of its scored tokens is a likeliest one."""
-    found = _scores(model, requests, batch_tokens=batch_tokens, greedy=True, share=True)
+    found = _scores(model, requests, greedy=True, share=True, **how)
     return [(logprobs, bool(best.all())) for logprobs, best in found]
 
 

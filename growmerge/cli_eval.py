@@ -22,24 +22,32 @@ import click
 def evaluate(config: Path, folder: Path, export: bool, as_json: bool, **given: Any) -> None:
     """Score every model of the file CONFIG on every task of it; OUT gets each one's verdict, `<model>.json`.
 
-    What is scored is kept in OUT: a killed run goes on, and nothing is scored twice.
+    What is scored is kept in OUT: a killed run goes on, and nothing is scored twice. Under torchrun or srun the ranks
+    share each task.
     """
     from growmerge.evaluating import Options, evaluate_file, export_file
+    from growmerge.launched import join, launched
     from growmerge.verdicts import print_table
+    from parallel.ranks import ALONE
 
     if export:
         for path in export_file(config, folder):
             click.echo(path)
         return
+    place = launched()
+    ranks = join(*place) if place else ALONE
     verdicts = []
-    for verdict in evaluate_file(config, Options(folder=folder, **given)):
+    for verdict in evaluate_file(config, Options(folder=folder, **given), ranks):
+        if not ranks.first:
+            continue
         verdicts.append(verdict)
         for note in verdict["model"]["notes"]:
             click.echo(f"note: {verdict['model']['name']}: {note}", err=True)
-    if as_json:
+    if as_json and ranks.first:
         click.echo(json.dumps(verdicts, ensure_ascii=False))
-    else:
+    elif ranks.first:
         print_table(verdicts)
+    ranks.barrier()
 
 
 @click.command()

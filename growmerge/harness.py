@@ -18,6 +18,7 @@ from eval.score import Request, greedy_logprobs, token_logprobs, total
 from eval.text import prefix_token
 from growmerge.eval_tasks import Harness
 from parallel.errors import InputError
+from parallel.ranks import Ranks
 from train.data.tokenizer import TextTokenizer
 
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -25,9 +26,16 @@ KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_bette
 
 
 def run_harness(
-    model: PreTrainedModel, tokenizer: TextTokenizer, task: Harness, *, batch_tokens: int, resamples: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: TextTokenizer,
+    task: Harness,
+    *,
+    batch_tokens: int,
+    resamples: int,
+    seed: int,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """Return what lm-eval says of a model.
+    """Return what lm-eval says of a model; of several ranks it tells one of each machine alone, the others get nothing.
 
     Args:
         resamples: of its bootstrap, for metrics without a formula of their error.
@@ -45,7 +53,7 @@ def run_harness(
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
         found = lm_eval.simple_evaluate(
-            HarnessModel(model, tokenizer, batch_tokens),
+            HarnessModel(model, tokenizer, batch_tokens, ranks),
             tasks=[*task.names],
             num_fewshot=task.shots,
             limit=task.limit,
@@ -59,6 +67,7 @@ def run_harness(
     except Exception as error:  # lm-eval, datasets and the network raise errors of many kinds
         line = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(f"lm-eval: {line}") from error
+    found = found or {}
     return {key: json.loads(json.dumps(found[key], default=str)) for key in KEPT if key in found}
 
 
@@ -81,11 +90,16 @@ def _known() -> TaskManager:
 class HarnessModel(TemplateLM):
     """A model in memory as lm-eval wants it. No special token is added but BOS, else EOS, where there is no context."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: TextTokenizer, batch_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: TextTokenizer, batch_tokens: int, ranks: Ranks) -> None:
         super().__init__()
         self._model = model
         self._words = tokenizer
-        self._batch_tokens = batch_tokens
+        self._how: dict[str, Any] = {
+            "batch_tokens": batch_tokens,
+            "rank": ranks.rank,
+            "world": ranks.world_size,
+            "gather": ranks.gather,
+        }
         self._positions = int(model.config.max_position_embeddings)
 
     @property
@@ -113,7 +127,7 @@ class HarnessModel(TemplateLM):
             if len(tokens) >= len(whole):
                 raise InputError(f"{(context + continuation)[:40]!r}: {len(tokens)} tokens leave no room for a context")
             made.append(Request(name=repr(continuation[:40]), tokens=whole, context=len(whole) - len(tokens)))
-        found = greedy_logprobs(self._model, made, batch_tokens=self._batch_tokens)
+        found = greedy_logprobs(self._model, made, **self._how)
         return [(total(logprobs), best) for logprobs, best in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -131,7 +145,7 @@ class HarnessModel(TemplateLM):
                 Request(name=repr(text[:40]), tokens=[*context, *rest], context=len(context))
                 for context, rest in windows
             ]
-        scored = iter(token_logprobs(self._model, made, batch_tokens=self._batch_tokens))
+        scored = iter(token_logprobs(self._model, made, **self._how))
         return [sum(total(next(scored)) for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

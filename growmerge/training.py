@@ -15,6 +15,7 @@ from checkpoint.files import disk_errors, read_json, write_json
 from growmerge import rules_mixture
 from growmerge.clusters import profile_of, workdir_of
 from growmerge.config import Marks, load_file
+from growmerge.launched import join, launched
 from growmerge.rules import NAME
 from growmerge.schema_train import TrainConfig
 from growmerge.tasks import TOPOLOGY, WITHOUT_RESULT
@@ -24,7 +25,6 @@ RUN = "run.json"
 """What a run's folder says of itself: its configuration, and whether it is finished."""
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
-SET_BY_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 """torchrun's variables, and srun's."""
 
 
@@ -95,7 +95,7 @@ def train_file(
     if _finished(folder, key, marks):
         print(f"nothing to do: {config.name} is finished; model: {folder / 'model'}")
         return 0
-    ranks = _launched(executor)
+    ranks = launched() if executor == "auto" else None
     with marks.within("training"):
         plan_of(config).mesh(ranks[1] if ranks else config.resources.ranks)
     check_places(config, base, marks)
@@ -176,28 +176,15 @@ def _ended(folder: Path) -> bool:
     return bool(known.get("finished")) and manifest.is_complete(folder / "model")
 
 
-def _launched(executor: str) -> tuple[int, int, int] | None:
-    """Return (rank, ranks, rank on its node) if a launcher has started this process as one of several."""
-    for rank, world in SET_BY_LAUNCHERS if executor == "auto" else ():
-        if rank in os.environ and world in os.environ:
-            local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-            return int(os.environ[rank]), int(os.environ[world]), int(local)
-    return None
-
-
 def _as_rank(config: TrainConfig, base: Path, folder: Path, key: str, rank: int, world: int, local: int) -> int:
     """Train as one of a launcher's ranks; its events are lines on stderr."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
     from growmerge.events import EventLog
     from growmerge.run_of_ranks import run
     from growmerge.show import Show
-    from parallel.ranks import connect
 
     if rank == 0:
         _begin(folder, key)
-    if "MASTER_ADDR" not in os.environ:
-        raise InputError("MASTER_ADDR and MASTER_PORT are not set: srun alone does not; see docs/training.md")
-    ranks = connect(rank, world)
+    ranks = join(rank, world, local)
     if rank:
         return run(config, base, folder, ranks, lambda event: None)
     with Show({config.name: 0.0}, EventLog(folder / "log.jsonl")) as show:

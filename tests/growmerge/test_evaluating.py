@@ -373,3 +373,31 @@ def test_killed_it_goes_on_and_two_at_once_do_not_mix(folder, scored, monkeypatc
     assert told("eval", "eval.yaml", "out", "--model", "swe").exit_code == 0
     assert len(scored) == 1 + 3 + 6  # of the text's three documents, two were scored before the kill
     assert verdict(folder, "swe") == verdict(folder, "swe", "whole")
+
+
+def test_ranks_of_a_launcher_share_the_work(folder):
+    """Three ranks get the numbers of one, with lm-eval's tasks among them; one of them writes."""
+    (folder / "tasks").mkdir()
+    about = {"task": "cloze", "dataset_path": "json", "output_type": "loglikelihood", "test_split": "test"}
+    data = {"dataset_kwargs": {"data_files": {"test": str(folder / "text.jsonl")}}}
+    metric = {"metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]}
+    asked = {"doc_to_text": "Det", "doc_to_target": "{{text.split()[0]}}"}
+    (folder / "tasks" / "cloze.yaml").write_text(json.dumps({**about, **data, **asked, **metric}))
+    harness = "  theirs: {kind: harness, names: [cloze], include: tasks}\n"
+    (folder / "eval.yaml").write_text(CONFIG + harness)
+    alone = told("eval", "eval.yaml", "alone")
+    assert alone.exit_code == 0, alone.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*torchrun, "-m", "growmerge.cli", "eval", "eval.yaml", "out", "--batch-tokens", "200"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("swe") == 1  # of the table
+    for name in ("swe", "est"):
+        ours, theirs = verdict(folder, name)["tasks"], verdict(folder, name, "alone")["tasks"]
+        assert ours["text"]["bits_per_byte"] == pytest.approx(theirs["text"]["bits_per_byte"], rel=1e-5)
+        assert ours["verbs"] == theirs["verbs"]
+        assert ours["samples"] == theirs["samples"]
+        perplexity = ours["theirs"]["results"]["cloze"]["perplexity,none"]
+        assert perplexity == pytest.approx(theirs["theirs"]["results"]["cloze"]["perplexity,none"], rel=1e-4)
+    files = sorted(path.relative_to(folder / "out") for path in (folder / "out").rglob("*.jsonl"))
+    assert files == sorted(path.relative_to(folder / "alone") for path in (folder / "alone").rglob("*.jsonl"))
