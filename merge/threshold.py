@@ -9,6 +9,7 @@ Elements of equal magnitude stay lowest row-major index first.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod, sqrt
 from typing import TypeVar
 
@@ -24,8 +25,10 @@ WINDOW = 16
 """Tiles whose counts are held at once at most."""
 SAMPLE = 1 << 15
 """Elements of a sample at least, as far as there are so many."""
-PIECE = 1 << 13
+PIECE = 1 << 14
 """Elements that are read at one place of it."""
+GROUP = 3
+"""Models whose samples are taken together, so that what they have in common is read once."""
 SIGMAS = 5.0
 """How far from the sample's k-th the tensor's may be, in standard deviations of its rank."""
 BETWEEN = 0.1
@@ -71,11 +74,15 @@ def _by_sample(
     chosen = pieces[:: max(1, len(pieces) * PIECE // (4 * wanted))]  # everywhere: rows are not alike
     step = max(1, sum(prod(_shape(piece)) for piece in chosen) // wanted)
 
-    def bounds_of(model: int) -> tuple[int, int]:
-        parts = [magnitudes(read(tile, [model])[0]).flatten()[::step].cpu().numpy().copy() for tile in chosen]
-        return _bounds(np.concatenate(parts), keep[model] / size)
+    def bounds_of(models: Sequence[int]) -> list[tuple[int, int]]:
+        parts = [
+            [magnitudes(values).flatten()[::step].cpu().numpy().copy() for values in read(piece, models)]
+            for piece in chosen
+        ]
+        samples = map(np.concatenate, zip(*parts, strict=True))
+        return [_bounds(sample, keep[model] / size) for model, sample in zip(models, samples, strict=True)]
 
-    bounds = [*spread(bounds_of, every)]
+    bounds = [*chain.from_iterable(spread(bounds_of, [every[at : at + GROUP] for at in every[::GROUP]]))]
 
     def split(tile: Box) -> list[tuple[int, int, int, np.ndarray]]:
         return [_split(values, *ends) for values, ends in zip(read(tile, every), bounds, strict=True)]
