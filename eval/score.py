@@ -183,13 +183,15 @@ def plan_rows(requests: Sequence[Request], *, longest: int) -> list[Row]:
 def _joined(row: Row, requests: Sequence[Request], number: int, longest: int) -> Row | None:
     """Return a row with one more request, or None if it does not save enough."""
     first, new = requests[row.requests[0]], requests[number]
+    if first.context != new.context:
+        return None
     members = (*row.requests, number)
     most = min(row.prefix or len(first.tokens) - 1, len(new.tokens) - 1)  # of each, a token is left to be scored
     pairs = zip(first.tokens[:most], new.tokens[:most], strict=True)
     prefix = next((at for at, (one, other) in enumerate(pairs) if one != other), most)
     length = prefix + sum(len(requests[member].tokens) - prefix for member in members)
     worth = length <= min(longest, row.length + (1 - WORTH) * len(new.tokens))
-    if not worth or first.context != new.context or prefix < new.context:
+    if not worth or prefix < new.context:
         return None
     return Row(requests=members, prefix=prefix, length=length)
 
