@@ -375,6 +375,7 @@ def test_killed_it_goes_on_and_two_at_once_do_not_mix(folder, scored, monkeypatc
     assert verdict(folder, "swe") == verdict(folder, "swe", "whole")
 
 
+@pytest.mark.slow
 def test_ranks_of_a_launcher_share_the_work(folder):
     """Three ranks get the numbers of one, with lm-eval's tasks among them; one of them writes."""
     (folder / "tasks").mkdir()

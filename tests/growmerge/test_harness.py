@@ -60,6 +60,8 @@ LONG = {
     "doc_to_target": "long",
     "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
 }
+SLOW = pytest.mark.slow
+"""lm-eval reads the 14,000 files of its own tasks."""
 QUESTIONS = [
     {"question": "Vad gör katten?", "choices": [" Den sover nu", " Den sova nu", " Nu den"], "answer": 0},
     {"question": "Var är hunden?", "choices": [" I huset", " Huset i"], "answer": 1},
@@ -161,10 +163,13 @@ def test_our_model_gets_lm_evals_numbers_of_its_tasks(shots, folder):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ("[beleble_swe_Latn]", "knows no task 'beleble_swe_Latn'; did you mean 'belebele_swe_Latn'?"),
+        pytest.param(
+            "[beleble_swe_Latn]", "knows no task 'beleble_swe_Latn'; did you mean 'belebele_swe_Latn'?", marks=SLOW
+        ),
         ("[]", "tasks.theirs.names: none is given: which of lm-eval's tasks?"),
         ("[choices], include: nowhere", "tasks.theirs: include: "),
-        ("[belebele_swe_Latn]", "swe: theirs: lm-eval: "),  # its data is on the Hub, which is not to be reached
+        # Its data is on the Hub, which is not to be reached.
+        pytest.param("[belebele_swe_Latn]", "swe: theirs: lm-eval: ", marks=SLOW),
     ],
 )
 def test_what_lm_eval_cannot_do_is_one_line(names, said, folder):
