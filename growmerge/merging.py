@@ -35,6 +35,13 @@ WRITTEN = "mergekit_config.yml"
 """The recipe beside its result, under the name that mergekit gives it."""
 
 
+def tokenizer_folder(model: Path) -> Path:
+    """Return where a checkpoint's tokenizer is: beside it, or for a run's checkpoints beside the run's model."""
+    if not (model / TOKENIZER).is_file() and model.parent.name == CHECKPOINTS:
+        return model.parent.parent / "model"
+    return model
+
+
 @dataclass(kw_only=True)
 class Models:
     """Opens the models that a recipe names: paths from its folder or the current one, or names on the Hub."""
@@ -75,11 +82,8 @@ class Models:
         raise InputError(f"{name}: no such file, neither beside the recipe nor here")
 
     def tokenizer(self, name: str) -> Path:
-        """Return where a model's tokenizer is: beside it, or for a run's checkpoints beside the run's model."""
-        folder = self.folders[name][0]
-        if not (folder / TOKENIZER).is_file() and folder.parent.name == CHECKPOINTS:
-            return folder.parent.parent / "model"
-        return folder
+        """Return where a model's tokenizer is."""
+        return tokenizer_folder(self.folders[name][0])
 
     def made_tokenizer(self) -> TextTokenizer:
         """Return the tokenizer of what the recipe makes.

@@ -10,7 +10,7 @@ from checkpoint.lora import apply_lora
 from checkpoint.open import open_checkpoint
 from checkpoint.source import Source
 from growmerge.convert import fingerprint, record_of
-from growmerge.merging import CHECKPOINTS, TOKENIZER, Models, apply_file
+from growmerge.merging import Models, apply_file, tokenizer_folder
 from growmerge.places import folder_of, parts_of
 from growmerge.sweeping import applied_group
 from merge.apply import Applied
@@ -96,10 +96,3 @@ def _checkpoint(name: str, place: str, file: Path) -> Subject:
         tokenizer=lambda: load_tokenizer(tokenizer_folder(folders[0])),
         record=record_of(folders[0]),
     )
-
-
-def tokenizer_folder(model: Path) -> Path:
-    """Return where a checkpoint's tokenizer is: beside it, or for a run's checkpoint beside the run's model."""
-    if not (model / TOKENIZER).is_file() and model.parent.name == CHECKPOINTS:
-        return model.parent.parent / "model"
-    return model
