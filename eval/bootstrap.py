@@ -40,7 +40,11 @@ def interval(
     Raises:
         InputError: the columns differ in length, or hold fewer than 2 documents.
     """
-    value, values = resampled(columns, statistic, resamples=resamples, seed=seed)
+    return percentiles(*resampled(columns, statistic, resamples=resamples, seed=seed), confidence)
+
+
+def percentiles(value: float, values: np.ndarray, confidence: float) -> Interval:
+    """Return an estimate with the interval that its values over resamples give."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return Interval(value=value, low=float(low), high=float(high))

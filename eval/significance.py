@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.bootstrap import Column, Interval, interval, resampled
+from eval.bootstrap import Column, Interval, interval, percentiles, resampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,7 @@ def bits_difference(
         resamples=resamples,
         seed=seed,
     )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    found = Interval(value=value, low=float(low), high=float(high))
+    found = percentiles(value, values, confidence)
     beyond = min((values <= 0).sum(), (values >= 0).sum())
     return Difference(difference=found, p=min(1.0, 2 * (float(beyond) + 1) / (resamples + 1)), items=len(bits))
 
