@@ -214,15 +214,12 @@ def plan(config: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("workdir", type=click.Path(path_type=Path))
+@_WORKDIR
 def report(workdir: Path) -> None:
-    """Make report.html and report.md of a finished run's WORKDIR anew, from its results.json."""
-    from checkpoint.files import read_json, write_bytes
-    from growmerge.report import render
+    """Write the report of a WORKDIR of `run`, `train` or `eval`, finished or not: report.html, report.md, report/."""
+    from growmerge.reporting import report_on
 
-    html, markdown = render(read_json(workdir / "results.json"))
-    write_bytes(workdir / "report.html", html.encode())
-    write_bytes(workdir / "report.md", markdown.encode())
+    click.echo(report_on(workdir.absolute()))
 
 
 @main.command()

@@ -1,5 +1,6 @@
 """`growmerge merge` and `growmerge sweep`. They import what they need when they run."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import click
 
 from growmerge.cli_targets import target_of, targets
+
+MANY = 50_000
+"""Objects between two looks for garbage: what is imported are hundreds of thousands, and none is."""
 
 
 def _merging(command: Callable[..., None]) -> Callable[..., None]:
@@ -30,6 +34,7 @@ def merge(
     source: Path, seed: int | None, allow_unrelated: bool, device: str, lenient: bool, dry_run: bool, **given: Any
 ) -> None:
     """Merge the models of the recipe SOURCE, mergekit's YAML unchanged, into the folder TARGET."""
+    gc.set_threshold(MANY)
     from growmerge.merging import apply_file, merge_file
 
     target = target_of(given)
@@ -56,6 +61,7 @@ def sweep(
     source: Path, seed: int | None, allow_unrelated: bool, device: str, recipes: bool, dry_run: bool, **given: Any
 ) -> None:
     """Merge what the spec SOURCE asks for, subsets x methods x parameters, into TARGET; models are read once."""
+    gc.set_threshold(MANY)
     from growmerge.sweeping import sweep_file
 
     target = target_of(given)

@@ -1,7 +1,12 @@
-"""`growmerge compare`: models side by side, each against the first, with what differences are more than chance."""
+"""`growmerge compare`: models side by side, with what differences are more than chance.
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+Each model stands against the first one, or against its namesake where places have models of the same names: two runs
+of one pipeline are compared stage by stage.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,160 +14,179 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from checkpoint.files import inside, read_json
-from eval.significance import Difference, accuracy_difference, bits_difference, holm
-from growmerge.eval_rows import Kept
-from growmerge.verdicts import headline, written
+from checkpoint.files import read_json
+from growmerge.paired import Comparison, Verdict, caption, judged
+from growmerge.tasks import EVALUATION
+from growmerge.verdicts import headline, outcome, written
 from parallel.errors import InputError, one_of
-
-LEVEL = 0.05
-"""A difference counts where its p, adjusted for all that are shown, is below this."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What `growmerge eval` says of a model."""
+class Asked:
+    """What is compared of what is there; p is adjusted for that alone."""
 
-    name: str
-    folder: Path
-    """What paths in it start from."""
-    about: Mapping[str, Any]
-
-    @property
-    def tasks(self) -> Mapping[str, Any]:
-        return dict(self.about["tasks"])
-
-    def rows(self, task: str) -> list[list[Any]]:
-        """Return the rows of a task, in the order of its items.
-
-        Raises:
-            InputError: they are not there any more, or not all.
-        """
-        found = Kept(inside(self.folder, self.tasks[task]["scores"])).rows
-        count = self.tasks[task].get("documents", self.tasks[task].get("pairs"))
-        if len(found) != count:
-            raise InputError(f"{self.folder}: {task}: {len(found)} of {count} scores are there; evaluate it again")
-        return found
+    base: str | None = None
+    """The model that all others stand against."""
+    tasks: tuple[str, ...] = ()
+    """Globs."""
+    models: tuple[str, ...] = ()
+    """Globs, of names with or without the place; what they stand against is always there."""
+    language: str | None = None
 
 
 def read_verdicts(places: Sequence[Path]) -> list[Verdict]:
-    """Read verdicts: files, or folders of `growmerge eval` with all of theirs.
+    """Read verdicts: files, folders of `growmerge eval` and workdirs of `growmerge run`, with all of theirs.
+
+    Models of one name have their place before it: `runA/1x-swe`.
 
     Raises:
         InputError: a place that holds none, or fewer than two in all.
     """
-    files: list[Path] = []
+    found: dict[Path, tuple[Path, Any]] = {}
     for place in places:
-        found = sorted(place.glob("*.json")) if place.is_dir() else [place]
-        found = [path for path in found if "tasks" in read_json(path)]
-        if not found:
-            raise InputError(f"{place}: no verdict of growmerge eval is there")
-        files += found
-    stems = [path.stem for path in files]
-    if len(files) < 2:
+        folder = place / EVALUATION if (place / EVALUATION).is_dir() else place
+        files = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+        read = {path: read_json(path) for path in files}
+        # Beside them may be comparisons and a report's results.
+        verdicts = {path: about for path, about in read.items() if isinstance(about, dict) and "model" in about}
+        if not verdicts:
+            raise InputError(f"{place}: no verdict of growmerge eval or growmerge run is there")
+        for path, about in verdicts.items():
+            found.setdefault(path.resolve(), (path, about))
+    if len(found) < 2:
         raise InputError(f"{', '.join(map(str, places))}: one model alone; a comparison is of two or more")
+    stems = [path.stem for path, _ in found.values()]
+    homes = {path.parent: _home(path.parent) for path, _ in found.values()}
+    short = [home.resolve().name for home in homes.values()]
     return [
         Verdict(
-            name=path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}",
+            name=path.stem if stems.count(path.stem) == 1 else f"{_label(homes[path.parent], short)}/{path.stem}",
             folder=path.parent,
-            about=read_json(path),
+            about=about,
         )
-        for path in files
+        for path, about in found.values()
     ]
 
 
-def compare(places: Sequence[Path], *, base: str | None, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return every model's numbers and differences to the first one, or the one named, as plain JSON.
+def _home(folder: Path) -> Path:
+    """Return what a user calls a folder of verdicts: of a workdir's, the workdir."""
+    return folder.parent if folder.resolve().name == EVALUATION else folder
 
-    {"base": name, "tasks": {task: {"unit", "models": {name: {"value", "low", "high", "difference": {value, low, high},
-    "p", "adjusted", "outcome"}}}}}: outcome is better, worse or not resolved, by p adjusted for all of them (Holm). The
-    value of an accuracy is the mean of its phenomena, its difference that over all pairs. A model that was not asked a
-    task, or over other data, has no difference there and "why".
+
+def _label(home: Path, short: Sequence[str]) -> str:
+    name = home.resolve().name
+    return name if short.count(name) == 1 else str(home)
+
+
+def compare(places: Sequence[Path], asked: Asked | None = None) -> dict[str, Any]:
+    """Return every model's numbers, and its difference to the one that it stands against, as plain JSON.
+
+    {"base": name or None, "tasks": {task: {"unit", "models": {name: {"value", "low", "high", "against", "difference":
+    {value, low, high}, "p", "adjusted", "outcome"}}}}}, as `judged`. The base is None where each model stands against
+    the namesake in the first place. The value of an accuracy is the mean of its phenomena, its difference that over all
+    pairs. A model that was not asked a task, or over other data, has no difference there and "why".
 
     Raises:
-        InputError: as `read_verdicts`; a name that none of them has.
+        InputError: as `read_verdicts`; a base, task, model or language that none of them has.
     """
+    asked = asked or Asked()
     verdicts = read_verdicts(places)
-    names = [verdict.name for verdict in verdicts]
-    if base is not None and base not in names:
-        raise InputError(one_of("model", base, names))
-    first = verdicts[0] if base is None else verdicts[names.index(base)]
-    known = [name for name, task in first.tasks.items() if headline(task)]
-    for task in tasks:
-        if task not in known:
-            raise InputError(f"{first.name}: {one_of('task', task, known)}")
+    base = _base(verdicts, asked.base)
+    against = _namesakes(verdicts) if base is None else {one: base for one in verdicts if one is not base}
+    verdicts = _chosen(verdicts, against, asked.models)
     found: dict[str, Any] = {}
-    tested: list[dict[str, Any]] = []
-    for task in tasks or known:
-        called, number = headline(first.tasks[task]) or ("", {})
-        models: dict[str, Any] = {first.name: dict(number)}
+    entries: list[dict[str, Any]] = []
+    comparisons: list[Comparison] = []
+    for task, called in _tasks(verdicts, asked).items():
+        models: dict[str, dict[str, Any]] = {}
         for verdict in verdicts:
-            if verdict is not first:
-                entry = _against(first, verdict, task)
-                models[verdict.name] = entry
-                tested += [entry] if "p" in entry else []
+            shown = headline(verdict.tasks.get(task, {}))
+            entry = models[verdict.name] = dict(shown[1]) if shown and shown[0] == called else {}
+            other = against.get(verdict)
+            if other is not None:
+                entry["against"] = other.name
+                entries.append(entry)
+                comparisons.append(Comparison(task=task, model=verdict, against=other))
+            elif not entry:
+                entry["why"] = f"{verdict.name} was not asked"
         found[task] = {"unit": called, "models": models}
-    for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
-        entry["adjusted"] = p
-        good = entry.pop("good")
-        entry["outcome"] = "not resolved" if p >= LEVEL else "better" if good else "worse"
-    return {"base": first.name, "tasks": found}
+    for entry, result in zip(entries, judged(comparisons), strict=True):
+        entry |= result
+    return {"base": base.name if base else None, "tasks": found}
 
 
-def _against(first: Verdict, other: Verdict, task: str) -> dict[str, Any]:
-    """Return a model's number, and its difference to that of the first with what it takes to judge it."""
-    mine, theirs = other.tasks.get(task), first.tasks[task]
-    if mine is None or (shown := headline(mine)) is None:
-        return {"why": "not asked"}
-    called, number = shown
-    if mine["data"] != theirs["data"]:
-        return {**number, "why": "other data or another window"}
-    if "results" in mine:
-        return {**number, "why": "lm-eval keeps no items"}
-    if called == "bits per byte" and mine["documents"] < 2:
-        return {**number, "why": "a single document"}
-    kinds = mine.get("sum" if called == "accuracy" else "per_token", {}).get("phenomena", ())
-    result = _difference(first.rows(task), other.rows(task), called, kinds, other.about)
-    good = (result.difference.value < 0) == (called == "bits per byte")
-    return {**number, "difference": asdict(result.difference), "p": result.p, "items": result.items, "good": good}
+def _base(verdicts: Sequence[Verdict], name: str | None) -> Verdict | None:
+    """Return what all models stand against: the one that is named, else the first; None if there are namesakes."""
+    by_name = {verdict.name: verdict for verdict in verdicts}
+    if name is None:
+        return None if _namesakes(verdicts) else verdicts[0]
+    if name not in by_name:
+        raise InputError(one_of("model", name, by_name))
+    return by_name[name]
 
 
-def _difference(
-    first: Sequence[Sequence[Any]],
-    other: Sequence[Sequence[Any]],
-    called: str,
-    kinds: Collection[str],
-    about: Mapping[str, Any],
-) -> Difference:
-    how = {"resamples": about["resamples"], "confidence": about["confidence"], "seed": about["seed"]}
-    if called == "bits per byte":
-        size = [row[2] for row in first]
-        return bits_difference([row[1] for row in other], [row[1] for row in first], size, **how)
-    per_token = called == "accuracy a token"
-    return accuracy_difference(_right(other, per_token, kinds), _right(first, per_token, kinds), **how)
+def _namesakes(verdicts: Sequence[Verdict]) -> dict[Verdict, Verdict]:
+    """Return the first of its name for each model that another one has the name of."""
+    first: dict[str, Verdict] = {}
+    for verdict in verdicts:
+        first.setdefault(_stem(verdict), verdict)
+    return {verdict: first[_stem(verdict)] for verdict in verdicts if first[_stem(verdict)] is not verdict}
 
 
-def _right(rows: Sequence[Sequence[Any]], per_token: bool, kinds: Collection[str]) -> list[bool]:
-    """Return whether each pair of some kinds is right: a sum is not fair to all."""
-    return [
-        good / good_tokens > bad / bad_tokens if per_token else good > bad
-        for good, bad, good_tokens, bad_tokens, kind in rows
-        if kind in kinds
+def _stem(verdict: Verdict) -> str:
+    return verdict.name.rpartition("/")[2]
+
+
+def _chosen(verdicts: Sequence[Verdict], against: Mapping[Verdict, Verdict], globs: Sequence[str]) -> list[Verdict]:
+    """Return the models that are asked for and what they stand against, namesakes side by side."""
+    names = {one: (one.name, _stem(one)) for one in verdicts}
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for both in names.values() for name in both):
+            raise InputError(one_of("model", glob, (one.name for one in verdicts)))
+    asked = [
+        one for one in verdicts if not globs or any(fnmatchcase(name, glob) for name in names[one] for glob in globs)
     ]
+    bases = {against.get(one) for one in asked}
+    kept = [one for one in verdicts if one in asked or one in bases]
+    return sorted(kept, key=lambda one: kept.index(against.get(one, one)))
+
+
+def _tasks(verdicts: Iterable[Verdict], asked: Asked) -> dict[str, str]:
+    """Return the tasks that are asked for, each with what its number is called."""
+    known: dict[str, tuple[str, str]] = {}
+    for verdict in verdicts:
+        for name, about in verdict.tasks.items():
+            if shown := headline(about):
+                known.setdefault(name, (shown[0], about.get("language", "")))
+    languages = dict.fromkeys(language for _, language in known.values() if language)
+    if asked.language is not None and asked.language not in languages:
+        raise InputError(one_of("language", asked.language, languages))
+    known = {name: about for name, about in known.items() if asked.language in (None, about[1])}
+    for pattern in asked.tasks:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise InputError(one_of("task", pattern, known))
+    kept = [name for name in known if not asked.tasks or any(fnmatchcase(name, one) for one in asked.tasks)]
+    return {name: known[name][0] for name in kept}
 
 
 def print_comparison(found: Mapping[str, Any]) -> None:
     """Print a row for each task and model."""
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("task", "model", "value", f"against {found['base']}", "p, adjusted", ""):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("task", "model", "") else "right")
+    numbers = ("value", "difference", "p, adjusted")
+    for column in ("task", "model", "value", "against", "difference", "p, adjusted", ""):
+        table.add_column(column, no_wrap=True, justify="right" if column in numbers else "left")
     for task, about in found["tasks"].items():
         for name, entry in about["models"].items():
-            value = written(about["unit"], entry) if "value" in entry else "–"
-            change = written(about["unit"], entry["difference"], sign=True) if "difference" in entry else ""
-            p = f"{entry['adjusted']:.2g}" if "adjusted" in entry else ""
-            table.add_row(
-                f"{task} ({about['unit']})", name, value, change, p, entry.get("outcome", entry.get("why", ""))
-            )
+            table.add_row(f"{task} ({about['unit']})", name, *_cells(about["unit"], entry))
         table.add_section()
-    Console(highlight=False, width=max(140, Console().width)).print(table)
+    console = Console(highlight=False, width=max(160, Console().width))
+    console.print(table)
+    console.print(caption([one for about in found["tasks"].values() for one in about["models"].values()]))
+
+
+def _cells(unit: str, entry: Mapping[str, Any]) -> Iterator[Any]:
+    yield written(unit, entry) if "value" in entry else "–"
+    yield entry.get("against", "")
+    yield written(unit, entry["difference"], sign=True) if "difference" in entry else ""
+    yield f"{entry['adjusted']:.2g}" if "adjusted" in entry else ""
+    yield outcome(entry)

@@ -1,6 +1,5 @@
 """The tasks of `growmerge eval`, read: documents, minimal pairs, pairs made of text, and prompts."""
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,15 @@ from eval.pair_files import Columns, pairs_of, read_pair_files
 from eval.pairs import SHORTENED, make_pairs
 from eval.records import Passage, Record, read_texts
 from eval.tasks import PairsTask, Task, TextTask
+from growmerge.places import files_of
 from growmerge.schema_eval import EvalTask
 from parallel.errors import InputError
-from train.data.hub import hub_shards, hub_texts
+from train.data.hub import hub_configs, hub_shards, hub_texts
 
 WINDOW = 2048
 """Tokens of a window where none are given, or the model's positions if they are fewer."""
+ALL = "all"
+"""Of a data set's configurations, unless one is called so."""
 RULE = 1
 """Raised when the same model and data get another score than before."""
 
@@ -66,7 +68,7 @@ def read_task(asked: EvalTask, base: Path, *, seed: int) -> Asked:
     if asked.kind == "pairs":
         columns = Columns(good=asked.good, bad=asked.bad, phenomenon=asked.phenomenon, where=asked.where)
         if asked.files is not None:
-            return PairsTask(pairs=read_pair_files(_files(asked.files, base), columns))
+            return PairsTask(pairs=read_pair_files(files_of(asked.files, base), columns))
         found = [
             pair
             for config, records in _hub(asked, base)
@@ -75,7 +77,7 @@ def read_task(asked: EvalTask, base: Path, *, seed: int) -> Asked:
         return PairsTask(pairs=found)
     documents = _documents(asked, base)
     if asked.kind == "corrupt":
-        corpus = [passage.text for passage in read_texts(_files(asked.unlike, base))] if asked.unlike else []
+        corpus = [passage.text for passage in read_texts(files_of(asked.unlike, base))] if asked.unlike else []
         pairs = make_pairs(documents, count=asked.count, seed=seed, corpus=corpus)
         if not pairs:
             raise InputError("no pairs can be made of the text: sentences of 5 to 30 words are needed")
@@ -127,7 +129,7 @@ def _harness(asked: EvalTask, base: Path) -> Harness:
 
 def _documents(asked: EvalTask, base: Path) -> list[Passage]:
     if asked.files is not None:
-        return read_texts(_files(asked.files, base), asked.field)
+        return read_texts(files_of(asked.files, base), asked.field)
     found = []
     for _, records in _hub(asked, base):
         for place, record in records:
@@ -141,34 +143,18 @@ def _documents(asked: EvalTask, base: Path) -> list[Passage]:
     return found
 
 
-def _files(patterns: str | tuple[str, ...], base: Path) -> list[Path]:
-    """Return the files that globs stand for, sorted, each once.
-
-    Raises:
-        InputError: a glob that no file matches.
-    """
-    found: dict[Path, None] = {}
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        names = sorted(glob.glob(pattern, root_dir=base, recursive=True))  # noqa: PTH207 (it may be absolute)
-        matched = [base / name for name in names if (base / name).is_file()]
-        if not matched:
-            raise InputError(f"{pattern}: no such file in {base}")
-        found |= dict.fromkeys(matched)
-    return [*found]
-
-
 def _hub(asked: EvalTask, base: Path) -> Iterator[tuple[str | None, Iterator[Record]]]:
     """Yield a data set's configurations, each with its rows."""
+    every = _HubSource(
+        hub=asked.hub, config=None, split=asked.split, revision=asked.revision, data_files=asked.data_files
+    )
+    configs: Sequence[str | None]
     configs = (asked.config,) if asked.config is None or isinstance(asked.config, str) else asked.config
+    if asked.config == ALL:
+        known = hub_configs(every, base)
+        configs = (ALL,) if ALL in known else known
     for config in configs:
-        source = _HubSource(
-            hub=asked.hub,
-            config=config,
-            split=asked.split,
-            revision=asked.revision,
-            data_files=asked.data_files,
-            field="",  # all columns
-        )
+        source = replace(every, config=config)
         shards = hub_shards(source, base)
         yield config, (row for number in range(shards) for row in hub_texts(source, base, number, shards))
 
@@ -180,4 +166,5 @@ class _HubSource:
     split: str
     revision: str | None
     data_files: tuple[str, ...]
-    field: str
+    field: str = ""
+    """None of them: all columns are read."""

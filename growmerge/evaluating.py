@@ -55,6 +55,8 @@ class Options:
     """As torch names it."""
     batch_tokens: int = 4096
     """Tokens of a batch at most, padding included."""
+    lease: bool = True
+    """Whether another process may evaluate the same model into the same folder, and has to be kept out."""
 
 
 def evaluate_file(path: Path, options: Options, ranks: Ranks = ALONE) -> Iterator[dict[str, Any]]:
@@ -74,7 +76,7 @@ def evaluate_file(path: Path, options: Options, ranks: Ranks = ALONE) -> Iterato
     for name in options.only:
         if name not in names:
             raise InputError(f"{path}: {one_of('model', name, names)}")
-    run = _Run(config, tasks, options, ranks)
+    run = Evaluator(config, tasks, options, ranks)
     for subject in found:
         if not options.only or subject.name in options.only:
             try:
@@ -104,7 +106,7 @@ def _read(path: Path) -> tuple[EvalConfig, dict[str, Asked]]:
     return config, tasks
 
 
-class _Run:
+class Evaluator:
     """Asks models, one after the other, what a file asks."""
 
     def __init__(self, config: EvalConfig, tasks: Mapping[str, Asked], options: Options, ranks: Ranks) -> None:
@@ -122,7 +124,7 @@ class _Run:
         config = self._config
         tokenizer = subject.tokenizer()
         key = hashlib.sha256(repr((subject.key, tokenizer.sha256, config.precision)).encode()).hexdigest()[:16]
-        with self._held(self._options.folder / SCORES / key, subject):
+        with self._held(self._options.folder / SCORES / key, subject) if self._options.lease else nullcontext():
             results = {name: self._result(name, subject, tokenizer, f"{SCORES}/{key}") for name in self._tasks}
         verdict = {
             "format": 1,

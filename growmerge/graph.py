@@ -12,6 +12,7 @@ from pathlib import Path
 from growmerge.config import VARIABLE, Marks, merged_training, problem_in
 from growmerge.grids import Draft, Verb, fill, grid
 from growmerge.hub import place
+from growmerge.places import files_of
 from growmerge.rules import merge_method
 from growmerge.rules_pipeline import parts
 from growmerge.schema import Check, GrowStage, MergeStage, Pipeline, Study, TrainStage
@@ -194,6 +195,10 @@ def _check_text(pipeline: Pipeline, marks: Marks, folder: Path) -> None:
             if next(found, None) is None:
                 problem = f"language without text: no file matches {source.files!r} in {folder}"
                 raise marks.error(f"corpora.{language}.sources.{i}.files", problem)
+    for name, task in pipeline.evaluation.tasks.items():
+        for key in ("files", "unlike"):
+            with marks.within(f"evaluation.tasks.{name}.{key}"):
+                files_of(getattr(task, key) or (), folder)
 
 
 def _is_folder(path: Path) -> bool:

@@ -1,5 +1,6 @@
-"""Where the models that a recipe names are: beside the recipe, in the current folder or on the Hub."""
+"""Where the models and files that a YAML file names are: beside it, in the current folder or on the Hub."""
 
+import glob
 from pathlib import Path
 
 from growmerge import hub
@@ -38,3 +39,19 @@ def folder_of(recipe: Path, name: str, *, download: bool = False) -> Path:
         return hub.fetch(named) if download else hub.place(recipe.parent, named, recipe)
     except InputError as error:
         raise InputError(f"{NOWHERE}; {error}") from error
+
+
+def files_of(patterns: str | tuple[str, ...], base: Path) -> list[Path]:
+    """Return the files that globs stand for, sorted, each once.
+
+    Raises:
+        InputError: a glob that no file matches.
+    """
+    found: dict[Path, None] = {}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        names = sorted(glob.glob(pattern, root_dir=base, recursive=True))  # noqa: PTH207 (it may be absolute)
+        matched = [base / name for name in names if (base / name).is_file()]
+        if not matched:
+            raise InputError(f"{pattern}: no such file in {base}")
+        found |= dict.fromkeys(matched)
+    return [*found]

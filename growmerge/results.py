@@ -1,34 +1,29 @@
 """The run's results: what the stages left, gathered into one plain structure, and the report made from it."""
 
-import json
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
-from checkpoint.files import read_json, write_bytes, write_json
+from checkpoint.files import read_json, write_json
 from eval.bootstrap import difference_interval
-from growmerge import __version__
+from growmerge import heat
 from growmerge.context import Context
-from growmerge.events import read_events
+from growmerge.costs import costs, events_by_stage, incidents, training_seconds
+from growmerge.findings import asked, curve, losses, versions
 from growmerge.graph import Node, match, study_stages
-from growmerge.report import analyse, render
-from growmerge.schema import Study
-from growmerge.shapes import multiplied, parameters
+from growmerge.report import analyse
+from growmerge.report_files import write_report
+from growmerge.retention import role_comparisons
+from growmerge.roles import study_roles
+from growmerge.schema import OWN_TASKS, Pipeline, Study
+from growmerge.shapes import model_configs, multiplied, parameters
 from growmerge.stages import write_card
-from growmerge.tasks import Task
+from growmerge.tasks import EVALUATION, Task
 from growmerge.texts import described, tokenizer_of
 from merge.search_settings import RESULT
 from train.data.corpus import read_corpus
 from train.tracker import read_metrics
-
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "submitit")
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
 
 
 def do_report(context: Context, task: Task) -> None:
@@ -37,16 +32,8 @@ def do_report(context: Context, task: Task) -> None:
 
 
 def _write(context: Context, task: Task) -> None:
-    raw = gather(context)
-    results = analyse(raw)
-    html, markdown = render(results)
-    files = {
-        "report.html": html.encode(),
-        "report.md": markdown.encode(),
-        "results.json": (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode(),
-    }
-    for name, data in files.items():
-        write_bytes(task.folder / name, data)
+    results = analyse(gather(context))
+    write_report(results, task.folder)
     failed = [
         f"{check['model']} on {check['language']} beats the {check['baseline']} model by {check['value']:.3f} "
         f"[{check['low']:.3f}, {check['high']:.3f}] bits per byte; at least {check['by']:g} was asked for"
@@ -58,20 +45,29 @@ def _write(context: Context, task: Task) -> None:
         write_card(context, context.tasks[name])
 
 
-def gather(context: Context) -> dict[str, Any]:
-    """Return every number of the run as plain JSON, the contract of growmerge.report; timings apart."""
+def gather(context: Context, progress: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return every number of the run as plain JSON, the contract of growmerge.report; timings apart.
+
+    Args:
+        progress: how far an unfinished run is; what is not done yet is left out.
+    """
     pipeline = context.pipeline
-    scored = {name: read_json(context.folder(f"evaluate/{name}") / "scores.json") for name in context.nodes}
-    metrics = {
-        name: read_metrics(context.folder(name) / "metrics.jsonl")
-        for name, node in context.nodes.items()
-        if node.verb == "train"
-    }
+    done = {name for name, task in context.tasks.items() if task.done}
+
+    def of(verb: str, file: str) -> dict[str, Any]:
+        """Return what a file says, by model, of each that is done."""
+        names = [name for name in context.nodes if f"{verb}/{name}" in done]
+        return {name: read_json(context.folder(f"{verb}/{name}") / file) for name in names}
+
+    scored, verdicts = of("evaluate", "scores.json"), of("evaluate", "verdict.json")
+    trained = [name for name, node in context.nodes.items() if node.verb == "train"]
+    metrics = {name: read_metrics(context.folder(name) / "metrics.jsonl") for name in trained}
     scores = {
         name: {language: entry["documents"] for language, entry in found["languages"].items()}
         for name, found in scored.items()
     }
-    baselines = read_json(context.folder("baselines") / "baselines.json")
+    baselines = read_json(context.folder("baselines") / "baselines.json") if "baselines" in done else {}
+    models = _models(context)
     raw: dict[str, Any] = {
         "name": pipeline.name,
         "title": pipeline.title,
@@ -79,30 +75,43 @@ def gather(context: Context) -> dict[str, Any]:
         "confidence": pipeline.evaluation.confidence,
         "resamples": pipeline.evaluation.resamples,
         "languages": {language: corpus.name for language, corpus in pipeline.corpora.items()},
-        "corpora": _corpora(context),
-        "tokenizer": _tokenizer(context),
-        "models": _models(context),
+        "corpora": _corpora(context) if "tokens" in done else {},
+        "tokenizer": _tokenizer(context) if "tokens" in done else {},
+        "models": models,
         "scores": scores,
         "pairs": {
             name: {language: _pairs(entry["pairs"]) for language, entry in found["languages"].items()}
             for name, found in scored.items()
         },
         "baselines": baselines,
-        "curves": {name: _curve(lines) for name, lines in metrics.items()},
-        "losses": {name: _losses(lines) for name, lines in metrics.items()},
+        "curves": {name: curve(lines, models[name]["flops_per_token"]) for name, lines in metrics.items() if lines},
+        "losses": {name: losses(lines) for name, lines in metrics.items() if lines},
         "searches": {name: found for name, (found, _) in _searches(context).items()},
-        "growth": [_growth(context, name) for name, node in context.nodes.items() if node.verb == "grow"],
+        "growth": [_growth(context, name) for name in context.nodes if name in done and _grows(context, name)],
         "checks": checks(context, scores, baselines),
         "samples": [sample for found in scored.values() for sample in found["samples"]],
+        "tasks": asked(verdicts, without=_own(pipeline)),
         "graph": [
             {"name": node.name, "verb": node.verb, "inputs": list(node.inputs)} for node in context.nodes.values()
         ],
-        "versions": {"python": platform.python_version(), "growmerge": __version__, **_versions()},
+        "versions": versions(),
         "timings": _timings(context),
     }
+    if progress is not None:
+        raw["progress"] = dict(progress)
     if pipeline.study is not None:
         raw["study"] = _study(pipeline.study, context.nodes)
+        raw["heat"] = heat.of_pipeline(raw)
+        raw["comparisons"] = role_comparisons(verdicts, study_roles(raw["study"]), context.workdir / EVALUATION)
     return raw
+
+
+def _grows(context: Context, name: str) -> bool:
+    return context.nodes[name].verb == "grow"
+
+
+def _own(pipeline: Pipeline) -> set[str]:
+    return {f"{name}-{language}" for name in OWN_TASKS.values() for language in pipeline.corpora}
 
 
 def _study(study: Study, nodes: Mapping[str, Node]) -> dict[str, Any]:
@@ -138,6 +147,8 @@ def checks(context: Context, scores: Mapping[str, Any], baselines: Mapping[str, 
         for model in dict.fromkeys(
             name for template in check.models for name in match(context.nodes, template, context.pipeline.study)
         ):
+            if model not in scores or check.language not in baselines:
+                continue  # not yet
             ours, theirs = scores[model][check.language], baselines[check.language][check.beats]
             interval = difference_interval(
                 [row[1] for row in theirs],
@@ -187,23 +198,28 @@ def _tokens_of(context: Context, language: str) -> int:
 
 def _tokenizer(context: Context) -> dict[str, Any]:
     tokenizer = tokenizer_of(context)
-    fertility = {}
+    bytes_per_token, tokens_per_word = {}, {}
     for language in context.pipeline.corpora:
         texts = [document.text for document in read_corpus(context.folder("text"), language).heldout]
-        tokens = sum(len(tokenizer.encode(text)) for text in texts)
-        fertility[language] = sum(len(text.encode()) for text in texts) / tokens
-    return {"vocab_size": tokenizer.vocab_size, "bytes_per_token": fertility}
+        tokens, words = sum(len(tokenizer.encode(text)) for text in texts), sum(len(text.split()) for text in texts)
+        bytes_per_token[language] = sum(len(text.encode()) for text in texts) / tokens
+        tokens_per_word[language] = tokens / words
+    rates = {"bytes_per_token": bytes_per_token, "tokens_per_word": tokens_per_word}
+    return {"vocab_size": tokenizer.vocab_size, **rates}
 
 
 def _models(context: Context) -> dict[str, Any]:
     models: dict[str, Any] = {}
+    planned = model_configs(context.pipeline, context.nodes, base=context.base)
     lines: dict[str, set[str]] = {}
     """A model with all its ancestors, each once however many ways lead to it."""
     for name, node in context.nodes.items():
-        config = read_json(context.folder(name) / "model" / "config.json")
+        path = context.folder(name) / "model" / "config.json"
+        config = read_json(path) if path.is_file() else planned[name]
         plan = context.tasks[name].config.get("training")
         tokens = plan["steps"] * plan["global_batch"] * plan["sequence_length"] if plan else 0
-        flops = 6 * multiplied(config) * tokens
+        a_token = 6 * multiplied(config)
+        flops = a_token * tokens
         lines[name] = {name}.union(*(lines[parent] for parent in node.inputs))
         models[name] = {
             "verb": node.verb,
@@ -211,6 +227,7 @@ def _models(context: Context) -> dict[str, Any]:
             "parameters": parameters(config),
             "steps": plan["steps"] if plan else 0,
             "tokens": tokens,
+            "flops_per_token": a_token,
             "flops": flops,
             "total_flops": flops + sum(models[other]["flops"] for other in lines[name] - {name}),
             "path": f"models/{name}",
@@ -230,22 +247,6 @@ def _pairs(rows: list[list[Any]]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "step": line["step"],
-            "tokens": line["tokens"],
-            "scores": {name: entry["documents"] for name, entry in line["evaluation"]["languages"].items()},
-        }
-        for line in lines
-        if "evaluation" in line
-    ]
-
-
-def _losses(lines: list[dict[str, Any]]) -> list[list[float]]:
-    return [[line["step"], line["loss"]] for line in lines if "loss" in line]
-
-
 def _searches(context: Context) -> dict[str, tuple[dict[str, Any], float]]:
     """Return what each merge that searched has come to, and the seconds that it took, by stage."""
     paths = {name: context.folder(name) / "model" / RESULT for name in context.nodes}
@@ -259,16 +260,28 @@ def _growth(context: Context, name: str) -> dict[str, Any]:
 
 def _timings(context: Context) -> dict[str, Any]:
     """Return what the run cost; of stages that an earlier run did, what they cost then."""
-    logs = [context.workdir / "log.jsonl", *sorted((context.workdir / "jobs").glob("*/*/events.jsonl"))]
-    done = {event["stage"]: event for log in logs for event in read_events(log) if event["event"] == "done"}
-    mine = [done[name] for name in context.tasks if name in done]
-    seconds = {event["stage"]: event["seconds"] for event in mine}
+    said = events_by_stage(context.workdir)
+    resources = context.pipeline.resources
+    threads = resources.threads or context.resources.threads
+    cost = costs(
+        {name: task.verb for name, task in context.tasks.items()},
+        said,
+        ranks=resources.ranks,
+        threads=threads,
+        gpus=resources.gpus * resources.nodes,
+    )
+    done = [event for name in context.tasks for event in said.get(name, []) if event["event"] == "done"]
+    seconds = {event["stage"]: event["seconds"] for event in done}
+    trained = [name for name, node in context.nodes.items() if node.verb == "train"]
     return {
         "wall_s": round(max(context.resources.elapsed, sum(seconds.values())), 1),
-        "cores": context.ranks.world_size * context.resources.threads,
-        "ranks": context.ranks.world_size,
-        "peak_memory_gb": round(max((event.get("memory_gb", 0.0) for event in mine), default=0.0), 2),
+        "cores": resources.ranks * threads,
+        "ranks": resources.ranks,
+        "peak_memory_gb": round(max((event.get("memory_gb", 0.0) for event in done), default=0.0), 2),
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(context.resources.began)),
         "stages": seconds,
         "searches": {name: took for name, (_, took) in _searches(context).items()},
+        "curves": {name: times for name in trained if (times := training_seconds(context.folder(name)))},
+        "cost": cost,
+        "incidents": incidents(context.tasks, said),
     }

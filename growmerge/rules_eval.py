@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from growmerge.rules import ABOVE_0, FROM_0, FROM_1, INNER_SHARE, NAME, Problem, Range
-from growmerge.schema_eval import EvalConfig, EvalTask
+from growmerge.schema_eval import EvalConfig, EvalTask, Roles
 
 RANGES: Mapping[type, Mapping[str, Range]] = {
     EvalTask: {
@@ -54,6 +54,19 @@ def task(task: EvalTask) -> Iterator[Problem]:
         yield "stride", f"{task.stride} is not below the window of {task.window}: windows have to overlap"
 
 
+def roles(roles: Roles) -> Iterator[Problem]:
+    if roles.base is None and not roles.specialised:
+        yield "", "neither `base` nor `specialised` is given: what are models compared with?"
+    if (roles.base is None) != (roles.source_language is None):
+        given, other = ("source_language", "base") if roles.base is None else ("base", "source_language")
+        yield given, f"needs `{other}`: forgetting is of the source language, against the base"
+    if roles.joint is not None and not roles.specialised:
+        yield "joint", "needs `specialised`: it is compared with in the languages given there"
+    for number, setup in enumerate(roles.setups):
+        if not NAME.fullmatch(setup):
+            yield f"setups.{number}", f"{setup!r} cannot be part of a name: use letters, digits and . + - _"
+
+
 def config(config: EvalConfig) -> Iterator[Problem]:
     if not config.models and config.sweep is None:
         yield "models", "none is given, and no `sweep` either"
@@ -65,4 +78,4 @@ def config(config: EvalConfig) -> Iterator[Problem]:
                 yield f"{key}.{name}", f"{name!r} cannot be a name: use letters, digits and . + - _"
 
 
-RULES: Mapping[type, Callable[[Any], Iterator[Problem]]] = {EvalTask: task, EvalConfig: config}
+RULES: Mapping[type, Callable[[Any], Iterator[Problem]]] = {EvalTask: task, Roles: roles, EvalConfig: config}

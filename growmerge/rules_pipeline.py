@@ -6,7 +6,7 @@ from typing import Any
 
 from growmerge import rules_mixture
 from growmerge.rules import NAME, Problem
-from growmerge.schema import Pipeline
+from growmerge.schema import OWN_TASKS, Pipeline
 from growmerge.schema_mixture import MixtureConfig, long_form
 from parallel.errors import one_of
 
@@ -27,6 +27,11 @@ def pipeline(pipeline: Pipeline) -> Iterator[Problem]:
     window = pipeline.evaluation.window or pipeline.training.sequence_length
     if pipeline.evaluation.stride and pipeline.evaluation.stride >= window:
         yield "evaluation.stride", f"{pipeline.evaluation.stride} is not shorter than the window of {window} tokens"
+    for name in pipeline.evaluation.tasks:
+        if not NAME.fullmatch(name):
+            yield f"evaluation.tasks.{name}", f"{name!r} cannot be a name: use letters, digits and . + - _"
+        if name in (f"{own}-{language}" for own in OWN_TASKS.values() for language in pipeline.corpora):
+            yield f"evaluation.tasks.{name}", f"{name!r} is what the pipeline itself asks: give it another name"
 
 
 def _mixtures(pipeline: Pipeline) -> Iterator[Problem]:

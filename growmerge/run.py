@@ -7,17 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint.files import disk_errors, read_json, write_bytes
+from checkpoint.files import disk_errors, read_json, write_bytes, write_json
 from growmerge.clusters import profile_of, workdir_of
 from growmerge.config import load_pipeline
 from growmerge.events import EventLog
 from growmerge.graph import Node, expand
 from growmerge.schema import Pipeline
 from growmerge.shapes import model_configs
-from growmerge.tasks import Task, build_tasks
+from growmerge.tasks import EVALUATION, Task, build_tasks
 from parallel.errors import InputError
 
-PUBLISHED = ("report.html", "report.md", "results.json")
+PUBLISHED = ("report.html", "report.md", "results.json", "report/*/*")
+"""Of the report's folder, as globs: what is put at the top of a workdir."""
+FROM = "pipeline.json"
+"""Which file a workdir is of."""
 TOGETHER = ("train", "evaluate")
 """Verbs whose work all ranks share; of the others one rank does it all."""
 HERE = ("text",)
@@ -154,6 +157,7 @@ def run_pipeline(
         plan.workdir.mkdir(parents=True, exist_ok=True)
     with disk_errors(plan.workdir), Lease(plan.workdir / "lease.json", f"growmerge run {path}"):
         wait_for_orphans(plan.workdir / JOB_LEASE)
+        write_json(plan.workdir / FROM, {"file": str(path.absolute()), "profile": profile})
         # Another run may have done some of it between the look above and the lease.
         todo = [name for name, task in plan.tasks.items() if not task.done]
         if kind == "local":
@@ -223,7 +227,7 @@ def _finished(plan: Plan, done: list[str]) -> int:
     """Say how it ended and return the exit code."""
     import sys
 
-    _publish(plan)
+    publish(plan)
     outcome = read_json(plan.tasks["report"].folder / "outcome.json")
     page = plan.workdir / "report.html"
     if done:
@@ -235,10 +239,14 @@ def _finished(plan: Plan, done: list[str]) -> int:
     return 1 if outcome["failed_checks"] else 0
 
 
-def _publish(plan: Plan) -> None:
-    """Put the report of this configuration, and links to its models, at the top of the workdir."""
-    for name in PUBLISHED:
-        data, shown = (plan.tasks["report"].folder / name).read_bytes(), plan.workdir / name
+def publish(plan: Plan) -> None:
+    """Put the report and the verdicts of this configuration, and links to its models, at the top of the workdir."""
+    report = plan.tasks["report"].folder
+    found = {path.relative_to(report): path for pattern in PUBLISHED for path in report.glob(pattern)}
+    for name in plan.nodes:
+        found[Path(EVALUATION) / f"{name}.json"] = plan.tasks[f"evaluate/{name}"].folder / "verdict.json"
+    for place, path in found.items():
+        data, shown = path.read_bytes(), plan.workdir / place
         if not shown.is_file() or shown.read_bytes() != data:
             write_bytes(shown, data)
     links = plan.workdir / "models"

@@ -26,7 +26,7 @@ from growmerge.stages import DTYPES, scratch_config
 from growmerge.texts import TOKENIZER_FILES
 from growmerge.training import RUN, STOPPED, plan_of
 from parallel.errors import InputError, one_of
-from parallel.ranks import Ranks
+from parallel.ranks import Ranks, device
 from train.batch import SampleAt
 from train.data.readers import Document
 from train.data.tokenizer import TextTokenizer, load_tokenizer
@@ -102,7 +102,9 @@ def run(config: TrainConfig, base: Path, folder: Path, ranks: Ranks, report: Rep
     if ranks.first:
         export(config, plan, result.checkpoint, folder, tokenizer_files(_tokenizer_folder(config, base, branch)))
     ranks.barrier()
-    report({"event": "done", "seconds": round(time.time() - began, 2)})
+    used = {"ranks": ranks.world_size, "threads": torch.get_num_threads()}
+    used["gpus"] = ranks.world_size if device().type == "cuda" else 0
+    report({"event": "done", "seconds": round(time.time() - began, 2), **used})
     return 0
 
 

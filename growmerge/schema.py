@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from growmerge.schema_eval import EvalTask
 from growmerge.schema_mixture import AnyMixture
 from merge.search_settings import Search
 
@@ -315,6 +316,10 @@ class Stage:
     """Variables and their values: the stage is repeated for every combination, `{variable}` filled in everywhere."""
 
 
+OWN_TASKS = {"text": "heldout", "corrupt": "pairs", "samples": "samples"}
+"""Names of what every pipeline asks its models, by kind; a language's code follows: `heldout-swe`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """How every model is evaluated."""
@@ -332,6 +337,8 @@ class Evaluation:
     """Coverage of the intervals."""
     sample_tokens: int = 40
     """Tokens of each text sample in the report."""
+    tasks: Mapping[str, EvalTask] = field(default_factory=dict)
+    """Further tasks, asked of every model, as in a file of `growmerge eval` (docs/evaluation.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ class EvalTask:
     hub: str | None = None
     """A data set of the Hugging Face Hub (`org/name`), or a folder in such a one's form, instead of `files`."""
     config: str | tuple[str, ...] | None = None
-    """hub: configurations of it, such as `swe`."""
+    """hub: configurations of it, such as `swe`; `all` of them."""
     split: str = "train"
     """hub: split of it."""
     revision: str | None = None
@@ -67,6 +67,25 @@ class EvalTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Roles:
+    """What the models are to one another; `{setup}` in a name stands for each of `setups`."""
+
+    source_language: str | None = None
+    """The language of the bases, whose forgetting is measured."""
+    setups: tuple[str, ...] = ()
+    """Such as `[1x, 2x]`, each with models of its own; one that has no joint model, say, is not compared with it."""
+    base: str | None = None
+    """The model before adaptation, that forgetting is measured against: `base-{setup}`."""
+    specialised: Mapping[str, str] = field(default_factory=dict)
+    """By language, the model that is adapted to it alone: `{swe: "{setup}-swe"}`."""
+    joint: str | None = None
+    """The model that is trained on all of these languages."""
+    models: str | None = None
+    """Glob of a setup's further models, such as merges: by default `{setup}-*`, or all where there are no setups. One
+    that several setups match is of that with the longest name."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """A file for `growmerge eval`; paths in it are relative to it."""
 
@@ -77,6 +96,8 @@ class EvalConfig:
     """A sweep's spec: each of its merges is merged in memory, and none is written."""
     tasks: Mapping[str, EvalTask]
     """What each model is asked, by name."""
+    roles: Roles | None = None
+    """What is compared with what: forgetting of the source language, retention of the others after merging."""
     precision: EvalPrecision = "float32"
     """Compute dtype."""
     seed: int = 0

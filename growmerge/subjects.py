@@ -49,7 +49,7 @@ def subjects(models: Mapping[str, str], sweep: str | None, file: Path) -> Iterat
         try:
             recipe = file.parent / place
             merged = recipe.suffix in RECIPES and recipe.is_file()
-            yield _merge(name, *_applied(recipe)) if merged else _checkpoint(name, place, file)
+            yield _merge(name, *_applied(recipe)) if merged else checkpoint(name, _folders(place, file))
         except InputError as error:
             raise InputError(f"{file}: models.{name}: {error}") from error
     if sweep is None:
@@ -84,8 +84,16 @@ def _merge(name: str, applied: Applied, models: Models) -> Subject:
     )
 
 
-def _checkpoint(name: str, place: str, file: Path) -> Subject:
-    folders = [folder_of(file, part) for part in parts_of(file, place)]
+def _folders(place: str, file: Path) -> list[Path]:
+    return [folder_of(file, part) for part in parts_of(file, place)]
+
+
+def checkpoint(name: str, folders: Sequence[Path]) -> Subject:
+    """Open a checkpoint's folder of any format, and further ones of adapters that are applied to it.
+
+    Raises:
+        InputError: one cannot be opened, or an adapter is of another model.
+    """
     source = open_checkpoint(folders[0])
     for adapter in folders[1:]:
         source = apply_lora(source, adapter)

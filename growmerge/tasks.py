@@ -15,6 +15,7 @@ from checkpoint import manifest
 from growmerge.config import merged_training
 from growmerge.graph import Node, is_path
 from growmerge.hub import PREFIX, place
+from growmerge.places import files_of
 from growmerge.resolved import corpora_of, resolved
 from growmerge.rules import merge_method, merge_parameters
 from growmerge.schema import Corpus, MergeStage, Pipeline, TrainStage
@@ -31,7 +32,7 @@ VERSIONS = {
     "grow": 2,
     "statistics": 1,
     "merge": 6,
-    "evaluate": 2,
+    "evaluate": 3,
     "baselines": 1,
     "report": 3,
 }
@@ -68,6 +69,8 @@ WITHOUT_RESULT = ("checkpoint_every", "keep", "keep_every", "saves", "stall_minu
 
 TOPOLOGY = ("zero", "tp", "sp", "pp", "offload", "recompute", "compile", "kernels", "micro_batch")
 """Keys of a training that say how it is computed: a run may go on at another topology."""
+EVALUATION = "evaluation"
+"""Folder of a workdir with the verdicts of its models, and their scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +131,9 @@ def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, ba
         if node.verb in ("train", "grow") or "search" in config:
             reads.append("tokens")
         add(node.name, node.verb, config, (*node.inputs, *reads))
-    window = {"evaluation": _evaluation(pipeline), "seed": pipeline.seed}
+    asked = {"evaluation": _evaluation(pipeline), "seed": pipeline.seed, **_asked(pipeline, base)}
     for node in nodes.values():
-        add(f"evaluate/{node.name}", "evaluate", window, (node.name, "tokens", "pairs"))
+        add(f"evaluate/{node.name}", "evaluate", asked, (node.name, "tokens", "pairs"))
     add("baselines", "baselines", {"seed": pipeline.seed}, ("tokens",))
     shown = {
         "name": pipeline.name,
@@ -163,6 +166,19 @@ def _evaluation(pipeline: Pipeline) -> dict[str, Any]:
         "stride": evaluation.stride or max(1, window // 2),
         "sample_tokens": evaluation.sample_tokens,
     }
+
+
+def _asked(pipeline: Pipeline, base: Path) -> dict[str, Any]:
+    """What the tasks of the file itself ask of a model, with the sizes and times of their files."""
+    tasks = pipeline.evaluation.tasks
+    if not tasks:
+        return {}
+    found = {}
+    for name, task in tasks.items():
+        files = [path for globs in (task.files, task.unlike) if globs for path in files_of(globs, base)]
+        files += sorted((base / task.include).rglob("*")) if task.include else []
+        found[name] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()]
+    return {"tasks": {name: asdict(task) for name, task in tasks.items()}, "stamps": found}
 
 
 def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:

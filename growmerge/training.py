@@ -183,7 +183,7 @@ def _as_rank(config: TrainConfig, base: Path, folder: Path, key: str, rank: int,
     from growmerge.show import Show
 
     if rank == 0:
-        _begin(folder, key)
+        _begin(folder, key, config)
     ranks = join(rank, world, local)
     if rank:
         return run(config, base, folder, ranks, lambda event: None)
@@ -192,12 +192,12 @@ def _as_rank(config: TrainConfig, base: Path, folder: Path, key: str, rank: int,
         return run(config, base, folder, ranks, lambda event: show.event({**event, "stage": config.name}))
 
 
-def _begin(folder: Path, key: str) -> None:
+def _begin(folder: Path, key: str, config: TrainConfig) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
         if known.get("key") != key:
-            write_json(folder / RUN, {"key": key, "finished": False})
+            write_json(folder / RUN, {"key": key, "name": config.name, "seed": config.seed, "finished": False})
 
 
 def submission(config: TrainConfig, base: Path, folder: Path, path: Path) -> Any:
@@ -243,7 +243,7 @@ def _submit(config: TrainConfig, base: Path, folder: Path, key: str, path: Path,
     show = Show({config.name: 0.0}, EventLog(folder / "log.jsonl"), requeues=True)
     with disk_errors(folder), Lease(folder / "lease.json", f"growmerge train {path}"), show:
         refuse_changed(job, names)
-        _begin(folder, key)
+        _begin(folder, key, config)
         submit(job, names, show, lambda name: _ended(folder))
     if detach:
         return 0
@@ -268,7 +268,7 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, path: Path)
     refuse_here(folder)
     resources = config.resources
     threads = resources.threads or max(1, (os.cpu_count() or 1) // resources.ranks)
-    _begin(folder, key)
+    _begin(folder, key, config)
     with disk_errors(folder), Lease(folder / "lease.json", f"growmerge train {path}"):
         place = folder / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         place.mkdir(parents=True)

@@ -6,9 +6,15 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+COMPARISONS = "comparisons.json"
+"""Beside verdicts: what models' roles compare (`growmerge.retention`)."""
 Z = 1.96
 """Standard errors on either side of a mean for 95 %: lm-eval gives these alone."""
+STARS = {0.001: "***", 0.01: "**", 0.05: "*"}
+"""How sure a difference is: its p, adjusted, is below the number."""
+COLORS = {"better": "green", "worse": "red"}
 
 
 def headline(task: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
@@ -51,3 +57,12 @@ def written(called: str, number: Mapping[str, Any], *, sign: bool = False) -> st
     value, low, high = (number[key] for key in ("value", "low", "high"))
     found = form.format(scale * value)
     return found if low is None else f"{found} [{form.format(scale * low)}, {form.format(scale * high)}]"
+
+
+def outcome(entry: Mapping[str, Any]) -> Text:
+    """Return what is said of a difference, with stars for how sure it is, or why there is none."""
+    said = entry.get("outcome")
+    if said is None:
+        return Text(entry.get("why", ""))
+    stars = next((stars for level, stars in STARS.items() if entry["adjusted"] < level), "")
+    return Text(f"{said} {stars}".strip(), COLORS.get(said, ""))

@@ -140,6 +140,7 @@ def prepare_environment(threads: int) -> None:
 def _do(context: Context, name: str, order: Order) -> InputError | None:
     """Do one task and say so; return what went wrong, or None."""
     from growmerge.verbs import do
+    from parallel.ranks import device
 
     started = time.time()
     if (missing := context.once(lambda: _missing(context, name, order))) is not None:
@@ -152,7 +153,9 @@ def _do(context: Context, name: str, order: Order) -> InputError | None:
             context.report({"event": "start", "stage": name})
             do(context, context.tasks[name])
             seconds, memory = round(time.time() - started, 2), round(sum(context.ranks.gather(peak_memory())), 2)
-            context.report({"event": "done", "stage": name, "seconds": seconds, "memory_gb": memory})
+            width = context.ranks.world_size
+            used = {"ranks": width, "threads": order.threads, "gpus": width if device().type == "cuda" else 0}
+            context.report({"event": "done", "stage": name, "seconds": seconds, "memory_gb": memory, **used})
     except InputError as error:
         with suppress(OSError):  # the disk may be full
             kind = "stopped" if isinstance(error, Stopped) else "error"

@@ -9,13 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as BezierPath
 
-from growmerge.report.figures import COLOURS, GREY, PX, STYLE, svg
+from growmerge.report.colours import ARROW, DATA, GREY, INK, PAGE
+from growmerge.report.drawing import PX, STYLE, Drawing
 from growmerge.report.study import Study
 
 WIDE, HIGH, GAP_X, GAP_Y = 178, 34, 54, 10
 """A box and the gaps between boxes (CSS pixels)."""
 LETTERS = 17
 """Of a stage's name, at most, in its box."""
+DONE = "done"
 
 
 def layers(graph: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -51,10 +53,13 @@ def edges(graph: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return found
 
 
-def graph(results: Mapping[str, Any]) -> str:
-    """Return the graph of the run's stages as SVG; boxes in the colour of their setup."""
+def drawings(results: Mapping[str, Any]) -> list[Drawing]:
+    """Return the graph of the run's stages: boxes in the colour of their setup, dashed while they are not done."""
+    if not results.get("graph"):
+        return []
     found = layers(results["graph"])
     verbs = {stage["name"]: stage["verb"] for stage in results["graph"]}
+    states = {one["stage"]: one["state"] for one in (results.get("progress") or {}).get("rows", [])}
     study = Study(results) if results.get("study") else None
     places = study.members() if study else {}
     rows = max((len(layer) for layer in found), default=1)
@@ -71,20 +76,28 @@ def graph(results: Mapping[str, Any]) -> str:
         axes.axis("off")
         for start, end in edges(results["graph"]):
             _edge(axes, corner[start], corner[end])
-        for name, (x, y) in corner.items():
+        for name, at in corner.items():
             setup = places.get(name, ("", ""))[0]
-            colour = COLOURS[study.setups.index(setup) % len(COLOURS)] if study and setup else GREY
-            box = FancyBboxPatch(
-                (x, y), WIDE, HIGH, boxstyle="round,pad=0,rounding_size=5", fc="white", ec=colour, lw=1.4
-            )
-            axes.add_patch(box)
-            shown = name if len(name) <= LETTERS else name[: LETTERS - 1] + "…"
-            axes.text(x + 9, y + HIGH / 2, shown, fontsize=12, va="center", color="#111827")
-            axes.text(x + WIDE - 8, y + HIGH / 2, verbs[name], fontsize=10.5, va="center", ha="right", color=GREY)
+            colour = DATA[study.setups.index(setup) % len(DATA)] if study and setup else GREY
+            _box(axes, at, colour, name, verbs[name], states.get(name, DONE))
     words = "; ".join(
-        f"{s['name']} ({s['verb']}) reads {', '.join(s['inputs']) or 'nothing'}" for s in results["graph"]
+        f"{s['name']} ({', '.join([s['verb'], *([states[s['name']]] if s['name'] in states else [])])}) "
+        f"reads {', '.join(s['inputs']) or 'nothing'}"
+        for s in results["graph"]
     )
-    return svg(figure, "graph", f"Graph of the stages: {words}")
+    return [Drawing(name="graph", label=f"Graph of the stages: {words}", figure=figure)]
+
+
+def _box(axes: Axes, at: tuple[float, float], colour: str, name: str, verb: str, state: str) -> None:
+    """Draw a stage: its name, and its verb or what keeps it from being done."""
+    x, y = at
+    look: dict[str, Any] = {"fc": PAGE, "ec": colour, "lw": 1.4, "ls": "-" if state == DONE else (0, (4, 3))}
+    axes.add_patch(FancyBboxPatch(at, WIDE, HIGH, boxstyle="round,pad=0,rounding_size=5", **look))
+    right = verb if state in (DONE, "not started") else state
+    letters = LETTERS - max(0, len(right) - 5)
+    shown = name if len(name) <= letters else name[: letters - 1] + "…"
+    axes.text(x + 9, y + HIGH / 2, shown, fontsize=12, va="center", color=INK if state == DONE else GREY)
+    axes.text(x + WIDE - 8, y + HIGH / 2, right, fontsize=10.5, va="center", ha="right", color=GREY)
 
 
 def _edge(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
@@ -92,4 +105,4 @@ def _edge(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
     x0, y0, x1, y1 = start[0] + WIDE, start[1] + HIGH / 2, end[0], end[1] + HIGH / 2
     bend = (x1 - x0) / 2
     path = BezierPath([(x0, y0), (x0 + bend, y0), (x1 - bend, y1), (x1, y1)], [1, 4, 4, 4])
-    axes.add_patch(PathPatch(path, fc="none", ec="#b6bdc8", lw=1, zorder=0))
+    axes.add_patch(PathPatch(path, fc="none", ec=ARROW, lw=1, zorder=0))

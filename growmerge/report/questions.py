@@ -210,7 +210,7 @@ def grown_merges(study: Study) -> Iterator[Comparison]:
 
 
 def methods(study: Study) -> Iterator[Comparison]:
-    """Q6: the other merge methods against the first one, on average over the languages."""
+    """Q6: the other merge methods against the first one, together and each, on average over the languages."""
     where = _everywhere(study)
     one, *others = study.methods or ["first"]
     for setups in [study.setups, *([setup] for setup in study.setups)]:
@@ -225,6 +225,17 @@ def methods(study: Study) -> Iterator[Comparison]:
             a=mean(study.merged(setup, method) for setup in setups for method in others),
             second=f"the {one} merges",
             b=mean(study.merged(setup, one) for setup in setups),
+        )
+    for method in others if len(others) > 1 else ():
+        yield Comparison(
+            part=method,
+            label=method,
+            where=where,
+            first=f"the {method} merges of all setups",
+            verb="reach",
+            a=mean(study.merged(setup, method) for setup in study.setups),
+            second=f"the {one} merges",
+            b=mean(study.merged(setup, one) for setup in study.setups),
         )
 
 

@@ -104,6 +104,7 @@ def raw() -> dict[str, Any]:
             {
                 "step": step,
                 "tokens": step * TOKENS_A_STEP,
+                "flops": 6.0 * models[name]["parameters"] * step * TOKENS_A_STEP,
                 "scores": {c: _on_the_way(base, name, c, step) for c in LANGUAGES},
             }
             for step in STEPS
@@ -118,7 +119,11 @@ def raw() -> dict[str, Any]:
         "languages": LANGUAGES,
         "study": study(),
         "corpora": {code: corpus(code) for code in LANGUAGES},
-        "tokenizer": {"vocab_size": 2048, "bytes_per_token": {"eng": 3.12, "swe": 2.71, "est": 2.58}},
+        "tokenizer": {
+            "vocab_size": 2048,
+            "bytes_per_token": {"eng": 3.12, "swe": 2.71, "est": 2.58},
+            "tokens_per_word": {"eng": 1.83, "swe": 2.34, "est": 2.97},
+        },
         "models": models,
         "scores": {s["name"]: {c: rows(level(s["name"], c), c, s["name"]) for c in LANGUAGES} for s in graph},
         "pairs": {
@@ -172,6 +177,15 @@ def raw() -> dict[str, Any]:
             }
             for setup in SETUPS
         ],
+        "searches": searches(),
+        "tasks": asked(),
+        "fertility": [
+            {"model": model, "task": task, "tokens_per_word": 2.1 + 0.4 * i, "bytes_per_token": 2.9 - 0.3 * i}
+            for model in TASK_MODELS
+            for i, task in enumerate(("swe-news", "est-news"))
+        ],
+        "comparisons": compared(),
+        "heat": heat(),
         "graph": graph,
         "versions": {"python": "3.12.3", "torch": "2.13.0", "deepspeed": "0.19.8", "growmerge": "0.1.0"},
         "timings": {
@@ -180,8 +194,28 @@ def raw() -> dict[str, Any]:
             "peak_memory_gb": 3.4,
             "started": "2026-11-23T20:15:00+00:00",
             "stages": {name: 20.0 + i for i, name in enumerate(models)},
+            "curves": {name: [[step, 0.4 * step * (1 + ("2x" in name))] for step in STEPS] for name in adapted},
+            "cost": cost(graph),
+            "incidents": [
+                {"stage": "2x-est", "event": "error", "times": 2, "text": "OSError: no space left on device"},
+                {"stage": "2x-est", "event": "requeued", "times": 2, "text": ""},
+                {"stage": "1x-joint", "event": "stopped", "times": 1, "text": "asked to stop; saved at step 140"},
+            ],
+            "searches": {"1x-ties": 31.4, "2x-ties": 70.2},
         },
     }
+
+
+def cost(graph: list[dict[str, Any]]) -> dict[str, Any]:
+    """Training on 2 GPUs, the rest on 4 cores."""
+    rows = []
+    for i, stage in enumerate(graph):
+        gpus = 2 if stage["verb"] == "train" else 0
+        seconds = 20.0 + i
+        about = {"stage": stage["name"], "verb": stage["verb"], "seconds": seconds, "ranks": 2, "gpus": gpus}
+        rows.append({**about, "memory_gb": 1.5 + 0.1 * i, "hours": seconds * (gpus or 4) / 3600})
+    sums = {on: sum(row["hours"] for row in rows if (row["gpus"] > 0) == on) for on in (True, False)}
+    return {"rows": rows, "core_hours": sums[False], "gpu_hours": sums[True]}
 
 
 def _on_the_way(base: str, stage: str, language: str, step: int) -> list[list[Any]]:
@@ -209,3 +243,163 @@ def corpus(code: str) -> dict[str, Any]:
         "heldout_bytes": 39_870,
         "dropped": {"duplicate": 3120, "13-gram shared with held-out text": 214},
     }
+
+
+def evaluation() -> dict[str, Any]:
+    """What a folder of `growmerge eval` has: models that were asked tasks, and merges of subsets; no pipeline."""
+    whole = raw()
+    kept = ("seed", "confidence", "resamples", "samples", "versions", "tasks", "fertility", "comparisons", "heat")
+    models = {
+        name: {"verb": "train", "parents": [], "parameters": PARAMETERS["1x"]}
+        | dict.fromkeys(("steps", "tokens", "flops", "total_flops", "path", "method"))
+        for name in TASK_MODELS
+    }
+    nothing = {"languages": {}, "scores": {}, "baselines": {}, "graph": [], "models": models}
+    return {"name": "verdicts", "title": "", **nothing, **{key: whole[key] for key in kept}}
+
+
+def single_run() -> dict[str, Any]:
+    """What one training run's workdir has: no study, two languages held out, one stage."""
+    whole, run = raw(), "2x-swe"
+    found = {key: whole[key] for key in ("seed", "confidence", "resamples", "versions", "tokenizer")}
+    found |= {"name": "swedish", "title": "", "languages": {c: LANGUAGES[c] for c in ("swe", "eng")}}
+    found |= {"scores": {}, "baselines": {}, "graph": [{"name": run, "verb": "train", "inputs": []}]}
+    found |= {key: {run: whole[key][run]} for key in ("models", "curves", "losses")}
+    found["models"][run] = {**found["models"][run], "parents": []}
+    for point in found["curves"][run]:
+        del point["scores"]["est"]
+    timings = whole["timings"]
+    found["timings"] = {"wall_s": 61.2, "cores": 2, "cost": cost(found["graph"])}
+    found["timings"]["curves"] = {run: timings["curves"][run]}
+    return found
+
+
+def unfinished(done: int = 9) -> dict[str, Any]:
+    """The study after its first stages: the next one runs, the one behind it has failed, all others wait."""
+    found = raw()
+    names = [stage["name"] for stage in found["graph"]]
+    states = ["done"] * done + ["running", "failed", "stopped", "waiting"]
+    notes = {
+        "running": "step 140 of 300",
+        "failed": "OSError: no space left on device",
+        "waiting": "for base-1x-cloned",
+    }
+    rows = [
+        {"stage": name, "state": state, "note": notes.get(state, "")}
+        for name, state in zip(names, states + ["not started"] * (len(names) - len(states)), strict=True)
+    ]
+    found["progress"] = {"done": done, "stages": len(names), "rows": rows}
+    for key in ("scores", "pairs", "curves", "losses"):
+        found[key] = {name: one for name, one in found[key].items() if name in names[:done]}
+    found["curves"][names[done]] = raw()["curves"][names[done]][:2]
+    known = ("verb", "parents", "parameters")
+    for name in names[done:]:
+        found["models"][name] = {key: one if key in known else None for key, one in found["models"][name].items()}
+    gone = {key: [] for key in ("heat", "tasks", "comparisons", "fertility", "samples", "checks")}
+    found["timings"]["cost"]["rows"] = found["timings"]["cost"]["rows"][:done]
+    return {**found, **gone, "searches": {}}
+
+
+def searches() -> dict[str, Any]:
+    """Two searches' outcomes: 60 tries each, the best of which is the 48th; the 10th went wrong."""
+    found = {}
+    for stage, mean in (("1x-ties", 2.93), ("2x-ties", 2.84)):
+        noise = np.random.default_rng(len(found)).uniform(0, 0.05, 60)
+        curve = [round(float(mean - 0.3 * (1 - np.exp(-i / 15)) + noise[i]), 6) for i in range(60)]
+        curve[0], curve[9], curve[47] = mean, mean + 3, mean - 0.31
+        groups = ["outside", *(f"block {i + 1}, {kind}" for i in range(2) for kind in ("attention", "feed-forward"))]
+        found[stage] = {
+            "search": {"method": "ties", "blocks": 2, "kinds": True, "evaluations": 60, "texts": {}},
+            "start": {
+                "mean": mean,
+                "bits_per_byte": {"swe": mean - 0.04, "est": mean + 0.04},
+                "factors": {group: [1.0, 1.0] for group in groups},
+            },
+            "best": {
+                "mean": mean - 0.31,
+                "bits_per_byte": {"swe": mean - 0.32, "est": mean - 0.3},
+                "factors": {group: [0.8 + 0.1 * i, 1.4 - 0.05 * i] for i, group in enumerate(groups)},
+            },
+            "curve": curve,
+            "merges": 60,
+        }
+    return found
+
+
+TASK_MODELS = ["base-2x", "2x-swe", "2x-est", "2x-joint", "2x-ties"]
+
+
+def asked() -> list[dict[str, Any]]:
+    """Tasks of three units: what the i-th model has is a step better than the one before."""
+
+    def estimates(first: float, step: float, half: float) -> dict[str, Any]:
+        return {
+            model: {"value": (at := first + step * i), "low": at - half, "high": at + half}
+            for i, model in enumerate(TASK_MODELS)
+        }
+
+    def task(name: str, kind: str, language: str, unit: str, *numbers: float) -> dict[str, Any]:
+        about = {"name": name, "kind": kind, "language": language, "domain": None, "unit": unit}
+        return {**about, "less_is_better": unit == "bits per byte", "values": estimates(*numbers)}
+
+    found = [
+        task("swe-news", "text", "swe", "bits per byte", 1.402, -0.021, 0.012),
+        task("multiblimp-swe", "pairs", "swe", "accuracy", 0.712, 0.031, 0.05),
+        task("est-news", "text", "est", "bits per byte", 1.533, -0.017, 0.011),
+        task("blimp", "pairs", "eng", "accuracy", 0.781, -0.004, 0.006),
+        task("swe-drop", "corrupt", "swe", "accuracy a token", 0.601, 0.02, 0.03),
+    ]
+    for one, phenomena in ((found[1], ["SV-#", "SV-P", "SP-G"]), (found[3], ["anaphor_agreement", "npi_licensing"])):
+        one["parts"] = {model: {} for model in TASK_MODELS}
+        for i, phenomenon in enumerate(phenomena):
+            for model, estimate in estimates(0.6 + 0.07 * i, 0.03, 0.06).items():
+                one["parts"][model][phenomenon] = estimate
+    return found
+
+
+def compared() -> list[dict[str, Any]]:
+    about = ("task", "unit", "kind", "model", "against", "value", "low", "high", "p", "adjusted", "outcome")
+    rows = [
+        ("blimp", "accuracy", "forgetting", "2x-swe", "base-2x", -0.004, -0.007, -0.001, 0.0021, 0.0063, "worse"),
+        ("blimp", "accuracy", "forgetting", "2x-est", "base-2x", -0.008, -0.011, -0.005, 2.1e-7, 8.4e-7, "worse"),
+        (
+            "multiblimp-swe",
+            "accuracy",
+            "retention",
+            "2x-ties",
+            "2x-swe",
+            0.093,
+            -0.01,
+            0.2,
+            0.081,
+            0.162,
+            "not resolved",
+        ),
+        ("swe-news", "bits per byte", "base", "2x-swe", "base-2x", -0.021, -0.024, -0.018, 1e-9, 5e-9, "better"),
+        ("est-news", "bits per byte", "base", "2x-ties", "base-2x", None, None, None, None, None, None),
+    ]
+    found = [dict(zip(about, row, strict=True)) for row in rows]
+    return [one | {"why": None if one["outcome"] else "other data or another window"} for one in found]
+
+
+SUBSETS = ["swe + est", "swe + isl", "swe + fao", "est + isl", "swe + est + isl", "swe + est + isl + fao"]
+
+
+def heat(groups: int = 4) -> list[dict[str, Any]]:
+    """A heat map of merges by languages: the more languages, the worse each; one merge has not been scored on fao."""
+    columns = ["Swedish", "Estonian", "Icelandic", "Faroese", "English"]
+    codes = ["swe", "est", "isl", "fao", "eng"]
+    methods = [f"{method} {setup}" for setup in ("2x", "1x", "1x-cloned") for method in ("linear", "ties", "slerp")]
+    rows = []
+    for g, group in enumerate(methods[:groups]):
+        for subset in SUBSETS:
+            known = subset.split(" + ")
+            values: list[float | None] = [
+                2.1 + 0.13 * i + 0.06 * len(known) + 0.04 * g + (0.9 if code not in known else 0)
+                for i, code in enumerate(codes)
+            ]
+            if subset == "swe + fao":
+                values[3] = None
+            rows.append({"label": subset, "group": group, "values": values})
+    about = {"title": "Merges of language models", "unit": "bits per byte", "less_is_better": True}
+    return [{**about, "columns": columns, "rows": rows}]

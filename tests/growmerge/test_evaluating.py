@@ -139,6 +139,25 @@ def test_a_verdict_has_the_numbers_of_a_plain_softmax(folder):
     assert "text" in found.stdout and "accuracy" in found.stdout
 
 
+def test_what_was_evaluated_has_a_report_and_can_still_be_compared(folder):
+    assert told("eval", "eval.yaml", "out").exit_code == 0
+    found = told("report", "out")
+    assert found.exit_code == 0, found.stderr
+    results = json.loads((folder / "out" / "results.json").read_text())
+    tasks = {task["name"]: task for task in results["tasks"]}
+    assert set(tasks) == {"text", "verbs", "made"}
+    bits = verdict(folder, "est")["tasks"]["text"]["bits_per_byte"]
+    assert tasks["text"]["values"]["est"] == bits
+    html = (folder / "out" / "report.html").read_text()
+    assert f"{bits['value']:.3f} [{bits['low']:.3f}, {bits['high']:.3f}]" in html
+    assert "Det var" in html
+    assert f"{bits['value']}" in (folder / "out" / "report" / "tables" / "tasks.csv").read_text()
+    assert [row["model"] for row in results["fertility"]] == ["est", "swe"]
+    # The report lies beside the verdicts, and is none.
+    assert told("compare", "out").exit_code == 0
+    assert told("report", "out").exit_code == 0
+
+
 def test_what_is_scored_is_not_scored_again(folder, loads, scored):
     assert told("eval", "eval.yaml", "out").exit_code == 0
     before = verdict(folder, "swe")
@@ -262,6 +281,7 @@ def test_a_data_set_in_the_form_of_the_hub(folder):
     text = (
         CONFIG
         + "  multi: {kind: pairs, hub: multi, config: swe}\n  both: {kind: pairs, hub: multi, config: [swe, est]}\n"
+        "  every: {kind: pairs, hub: multi, config: all}\n"
     )
     (folder / "eval.yaml").write_text(text)
     found = told("eval", "eval.yaml", "out", "--model", "swe")
@@ -269,6 +289,7 @@ def test_a_data_set_in_the_form_of_the_hub(folder):
     tasks = verdict(folder, "swe")["tasks"]
     assert tasks["multi"]["sum"] == tasks["verbs"]["sum"]
     assert set(tasks["both"]["sum"]["phenomena"]) == {"verb", "article", "case"}
+    assert tasks["every"]["data"] == tasks["both"]["data"]
 
 
 @pytest.mark.parametrize(

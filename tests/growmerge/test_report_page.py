@@ -1,16 +1,22 @@
 """The page and the markdown: complete, safe, the same bytes for the same numbers."""
 
 import copy
+import hashlib
 import json
 import re
+from base64 import b64encode
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 import report_data
 
-from growmerge.report import analyse, render
-from growmerge.report.graph_figure import edges, layers
+import growmerge.report
+from growmerge.report import analyse, figures, render
+from growmerge.report.drawing import LETTERS, mark
+
+SCRIPT = (Path(growmerge.report.__file__).parent / "report.js").read_text()
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -60,7 +66,7 @@ def test_page_opens_offline(rendered: tuple[str, str]) -> None:
     assert "https:" not in rendered[0]
     assert "@import" not in rendered[0]
     names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "img", "iframe", "object", "embed", "base"}
+    assert not names & {"link", "img", "iframe", "object", "embed", "base"}
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "action"):
             assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
@@ -68,10 +74,22 @@ def test_page_opens_offline(rendered: tuple[str, str]) -> None:
     assert not re.findall(r"url\((?!#)", rendered[0])
 
 
+def test_only_the_pages_own_script_may_run(rendered: tuple[str, str]) -> None:
+    page = Page(rendered[0])
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
+    assert page.words.count(SCRIPT) == 1
+    (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.split(" ", 1) for rule in (policy or "").split("; "))
+    assert rules["default-src"] == "'none'"
+    digest = b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{digest}'"
+
+
 def test_page_is_accessible(rendered: tuple[str, str]) -> None:
     page = Page(rendered[0])
     figures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(figures) == 3 + 1 + 4  # a panel a language; the graph; losses: bases, two languages, joint
+    # A panel a language by tokens, FLOPs and time; the graph; losses: bases, two languages, joint; two searches.
+    assert len(figures) == 3 * 3 + 1 + 4 + 2
     assert all(found["role"] == "img" and len(found["aria-label"] or "") > 40 for found in figures)
     assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
     assert [tag for tag, _ in page.tags].count("caption") == [tag for tag, _ in page.tags].count("table")
@@ -138,12 +156,14 @@ def test_hostile_text_is_shown_not_run() -> None:
     raw["languages"]["swe"] = f"{HOSTILE}](javascript:x) $x_1$"
     raw["samples"][0]["text"] = f"{HOSTILE} | a `b` *c*\nd"
     raw["corpora"]["swe"]["sources"][0]["edition"] = HOSTILE
+    raw["tasks"][0]["name"] = raw["heat"][0]["rows"][0]["label"] = raw["comparisons"][0]["kind"] = HOSTILE
+    raw["timings"]["incidents"][0]["text"] = raw["searches"]["2x-ties"]["search"]["method"] = HOSTILE
     html, markdown = render(analyse(raw))
     page = Page(html)
     assert page.open == []
-    assert not [tag for tag, _ in page.tags if tag == "script"]
+    assert [tag for tag, _ in page.tags].count("script") == 1
     assert HOSTILE in " ".join(page.words)
-    assert "<script" not in html
+    assert html.replace(f"<script>{SCRIPT}</script>", "").count("<script") == 0
     assert "<script" not in markdown
     assert "](javascript" not in markdown
     assert "\\| a \\`b\\` \\*c\\* d" in markdown
@@ -159,11 +179,20 @@ def test_pipeline_without_a_study() -> None:
         assert stage in html
         assert all(f"{found['value']:.3f}" in markdown for found in scores.values())
     assert "forgotten" not in html
+    stages = [*results["curves"]]
+    assert [text for text, _, _ in figures.legend(results)] == stages
+    for number, name in enumerate(report_data.LANGUAGES.values()):
+        label = re.search(r'aria-label="([^"]*)"', figures.learning(results)[number])
+        assert label
+        assert label[1].startswith(f"Bits per byte on {name} by training tokens: ")
+        assert all(f"{stage} ends at " in label[1] for stage in stages)
+    assert len({mark(i) for i in range(36)}) == 36
+    assert len(LETTERS) == 6
 
 
 OPTIONAL = [
     *("baselines", "curves", "losses", "pairs", "growth", "checks", "samples"),
-    *("corpora", "tokenizer", "versions", "timings"),
+    *("corpora", "tokenizer", "versions", "timings", "searches", "tasks", "fertility", "comparisons", "heat"),
 ]
 
 
@@ -174,7 +203,7 @@ def test_parts_may_be_missing(gone: list[str]) -> None:
     assert Page(html).open == []
     assert "than the 1x model: yes." in markdown
     assert ("5-gram" in html) == ("baselines" not in gone)
-    assert ("learning-0" in html) == ("curves" not in gone)
+    assert ("learning-1" in html) == ("curves" not in gone)
 
 
 def test_inexact_growth_and_large_models_are_said() -> None:
@@ -187,19 +216,6 @@ def test_inexact_growth_and_large_models_are_said() -> None:
         assert "2.0e-02" in text
         assert "572,494,464" in text
         assert "a miniature" not in text
-
-
-def test_graph_layers_and_edges() -> None:
-    graph = [
-        {"name": "seed", "verb": "train", "inputs": ["/a/checkpoint"]},
-        {"name": "base", "verb": "train", "inputs": ["seed"]},
-        {"name": "a", "verb": "train", "inputs": ["base"]},
-        {"name": "b", "verb": "train", "inputs": ["base", "seed"]},
-        {"name": "merge", "verb": "merge", "inputs": ["a", "b", "base"]},
-    ]
-    assert layers(graph) == [["seed"], ["base"], ["a", "b"], ["merge"]]
-    assert edges(graph) == [("seed", "base"), ("base", "a"), ("base", "b"), ("a", "merge"), ("b", "merge")]
-    assert layers([]) == []
 
 
 def test_a_different_number_changes_the_page(results: dict[str, Any], rendered: tuple[str, str]) -> None:

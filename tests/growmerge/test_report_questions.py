@@ -99,6 +99,21 @@ def test_merges_against_joint_and_one_another(raw: dict[str, Any]) -> None:
         assert found[key]["verdict"] == answer, key
 
 
+def test_each_of_several_methods_against_the_first(raw: dict[str, Any]) -> None:
+    assert "Q6/ties" not in asked(raw)  # it is Q6 itself
+    raw["study"]["methods"] = ["linear", "ties", "dare_ties"]
+    for setup in report_data.SETUPS:
+        raw["study"]["merged"][setup]["dare_ties"] = f"{setup}-dare"
+        linear = raw["scores"][f"{setup}-linear"]
+        raw["scores"][f"{setup}-ties"] = {code: shifted(rows, -0.1) for code, rows in linear.items()}
+        raw["scores"][f"{setup}-dare"] = {code: shifted(rows, 0.3) for code, rows in linear.items()}
+    found = asked(raw)
+    assert found["Q6"]["value"] == pytest.approx(0.1)
+    assert found["Q6/ties"]["value"] == pytest.approx(-0.1)
+    assert found["Q6/dare_ties"]["value"] == pytest.approx(0.3)
+    assert found["Q6/dare_ties"]["sentence"].startswith("Over both languages the dare_ties merges of all setups reach")
+
+
 def test_before_or_after_takes_the_setup_whose_base_was_grown_as_late(raw: dict[str, Any]) -> None:
     late = raw["scores"]["1x-cloned-est"]["est"]
     raw["scores"]["2x-est"]["est"] = shifted(late, 0.25)

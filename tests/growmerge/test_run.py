@@ -132,6 +132,83 @@ def test_the_report_is_one_file_and_every_number_is_in_the_results(undisturbed):
     assert f"{found['bits_per_byte']['2x-swe']['swe']['value']:.3f}" in html
     assert all(check["passed"] for check in found["checks"])
     assert (workdir / "report.md").read_text().startswith("# ")
+    assert {path.name for path in (workdir / "report" / "tables").iterdir()} >= {"cost.csv", "tasks.csv"}
+    (learning,) = (workdir / "report" / "figures").glob("learning-*swe*tokens.svg")
+    assert learning.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert [one["step"] for one in found["curves"]["1x-swe"]] == [0, 4, 8]
+    assert found["curves"]["1x-swe"][-1]["flops"] == found["models"]["1x-swe"]["flops"] > 0
+    timings = json.loads((workdir / "results.json").read_text())["timings"]
+    assert [step for step, _ in timings["curves"]["1x-swe"]] == [0, 4, 8]
+    assert {row["stage"] for row in timings["cost"]["rows"]} >= {*found["models"], "evaluate/seed", "text"}
+    assert timings["incidents"] == []
+    assert [(row["label"], row["group"]) for row in found["heat"][0]["rows"]] == [
+        (f"{method}, {setup}: Toy Swedish + Toy Estonian", "")
+        for setup in ("1x", "2x")
+        for method in ("linear", "ties")
+    ]
+
+
+def test_every_model_is_asked_the_tasks_of_the_file(undisturbed):
+    workdir = run_of(undisturbed)
+    found = numbers(workdir)
+    (task,) = found["tasks"]
+    assert (task["name"], task["unit"], task["language"]) == ("order", "accuracy", "swe")
+    assert task["values"].keys() == found["models"].keys()
+    assert set(task["parts"]["2x-swe"]) == {"even", "odd"}
+    verdict = json.loads((workdir / "evaluation" / "1x-swe.json").read_text())
+    kept = workdir / "evaluation" / verdict["tasks"]["order"]["scores"]
+    rows = [row for line in kept.read_text().splitlines() for row in json.loads(line)["rows"]]
+    # Both phenomena have 12 pairs: their mean is that of all.
+    assert task["values"]["1x-swe"]["value"] == pytest.approx(sum(good > bad for good, bad, *_ in rows) / 24)
+    own = verdict["tasks"]["heldout-swe"]
+    assert own["bits_per_byte"]["value"] == pytest.approx(found["bits_per_byte"]["1x-swe"]["swe"]["value"], abs=1e-12)
+    forgot = {
+        (one["model"], one["against"]): one["value"]
+        for one in found["comparisons"]
+        if (one["kind"], one["task"]) == ("forgetting", "heldout-eng")
+    }
+    assert forgot["2x-swe", "base-2x"] == pytest.approx(found["forgetting"]["2x-swe"]["value"], abs=1e-9)
+    assert {one["against"] for one in found["comparisons"] if one["model"] == "2x-ties"} == {
+        "base-2x",
+        "2x-swe",
+        "2x-est",
+    }
+    compared = growmerge("compare", str(workdir), "--task", "order", "--base", "seed", "--json")
+    assert compared.returncode == 0, compared.stderr
+    entries = json.loads(compared.stdout)["tasks"]["order"]["models"]
+    assert entries["1x-swe"]["value"] == task["values"]["1x-swe"]["value"]
+    assert entries["1x-swe"]["difference"]["value"] == pytest.approx(
+        task["values"]["1x-swe"]["value"] - task["values"]["seed"]["value"]
+    )
+
+
+def test_an_unfinished_run_has_a_report(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir = tmp_path / "run"
+    shutil.copytree(folder / "run", workdir, symlinks=True)
+    again = growmerge("report", str(workdir))
+    assert again.returncode == 0, again.stderr
+    assert (workdir / "report.html").read_bytes() == (folder / "run" / "report.html").read_bytes()
+    for name in ("2x-ties", "evaluate/2x-ties", "report"):  # as a kill leaves it
+        for path in (workdir / "stages" / name).glob(f"*/{manifest.NAME}"):
+            path.unlink()
+    (workdir / "results.json").unlink()
+    told = growmerge("report", str(workdir))
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.strip() == str(workdir / "report.html")
+    whole, found = numbers(folder / "run"), numbers(workdir)
+    assert (found["progress"]["done"], found["progress"]["stages"]) == (26, 29)
+    assert whole["scores"].keys() - found["scores"].keys() == {"2x-ties"}
+    assert found["bits_per_byte"]["2x-linear"] == whole["bits_per_byte"]["2x-linear"]
+    assert f"{found['progress']['done']} of 29 stages" in (workdir / "report.html").read_text()
+    answers = {one["id"]: one["verdict"] for one in found["questions"]}
+    assert answers["Q5/ties"] == "not resolved by this run"
+    assert answers["Q1"] == {one["id"]: one["verdict"] for one in whole["questions"]}["Q1"]
+    nothing = growmerge("report", str(tmp_path))
+    assert (nothing.returncode, nothing.stderr) == (
+        2,
+        f"growmerge: {tmp_path}: nothing of `growmerge run`, `train` or `eval` is there\n",
+    )
 
 
 def test_run_again_does_nothing_and_needs_no_torch(undisturbed):

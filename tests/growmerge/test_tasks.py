@@ -63,6 +63,17 @@ def test_a_change_concerns_what_depends_on_it(tmp_path: Path, old: str, new: str
     assert not changed & {"text", "tokens", "pairs", "baselines"}
 
 
+def test_what_the_file_asks_of_models_concerns_their_evaluation_alone(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    before = tasks(tmp_path)
+    evaluations = {name for name in before if name.startswith("evaluate/")}
+    after = tasks(tmp_path, PIPELINE.replace("good: right, bad: wrong", "good: wrong, bad: right"))
+    assert differing(before, after) == {*evaluations, "report"}
+    with (tmp_path / "order.tsv").open("a") as file:
+        file.write("a b.\tb a.\teven\n")
+    assert differing(before, tasks(tmp_path)) == {*evaluations, "report"}
+
+
 def test_the_study_decides_what_is_measured_in_training(tmp_path: Path) -> None:
     """Forgetting is of the study's source language: without it, a training in other text does not measure it."""
     write_toy(tmp_path)

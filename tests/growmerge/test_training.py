@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_merging import told
 from transformers import AutoModelForCausalLM
 
 from growmerge.schema import Training
@@ -144,6 +145,22 @@ def test_a_run_leaves_a_stock_model_and_a_full_log(whole, home):
 
 
 @pytest.mark.slow
+def test_a_run_has_a_report(whole):
+    found = told("report", str(whole))
+    assert found.exit_code == 0, found.stderr
+    results = json.loads((whole / "results.json").read_text())
+    (name,) = results["models"]
+    last = [line for line in read_metrics(whole / "metrics.jsonl") if "evaluation" in line][-1]
+    for language, bits in last["bits_per_byte"].items():
+        assert results["bits_per_byte"][name][language]["value"] == pytest.approx(bits)
+    assert [point["step"] for point in results["curves"][name]] == [0, 6, 12]
+    assert results["curves"][name][-1]["flops"] == results["models"][name]["flops"] > 0
+    assert [step for step, _ in results["timings"]["curves"][name]] == [0, 6, 12]
+    assert results["timings"]["cost"]["core_hours"] > 0
+    assert results["seed"] == 3
+    assert "progress" not in results
+
+
 def test_a_pipeline_trains_and_scores_as_data_parallel_ranks_do(whole, home):
     path = write(home, "pipelined", pp="2", zero="1", evaluate_every="0")
     code, _, err = run(path)

@@ -53,7 +53,11 @@ stages:
   "{setup}-{method}":
     each: {setup: [1x, 2x], method: [linear, ties]}
     merge: {from: ["{setup}-swe", "{setup}-est"], base: "base-{setup}", method: "{method}"}
-evaluation: {pairs: 20, resamples: 200, sample_tokens: 5}
+evaluation:
+  pairs: 20
+  resamples: 200
+  sample_tokens: 5
+  tasks: {order: {kind: pairs, files: order.tsv, language: swe, good: right, bad: wrong, phenomenon: rule}}
 study: {source_language: eng, languages: [swe, est], setups: [1x, 2x], methods: [linear, ties]}
 checks:
   - {models: [seed], language: eng, beats: unigram, by: 0.2}
@@ -81,9 +85,22 @@ def write_toy(folder: Path, text: str = PIPELINE) -> Path:
                     sentence.append(word)
                 sentences.append(" ".join(sentence) + ".")
             (folder / language / f"{document:03d}.txt").write_text("\n\n".join(sentences) + "\n")
+        if language == "swe":
+            _write_pairs(folder / "order.tsv", follow, draw)
     path = folder / "toy.yaml"
     path.write_text(text)
     return path
+
+
+def _write_pairs(path: Path, follow: dict[str, list[str]], draw: random.Random) -> None:
+    """Write minimal pairs of a language: words that follow one another, and the same words turned round."""
+    lines = ["right\twrong\trule"]
+    for number in range(24):
+        words = [draw.choice([*follow])]
+        for _ in range(5):
+            words.append(draw.choice(follow[words[-1]]))
+        lines.append(f"{' '.join(words)}.\t{' '.join(words[::-1])}.\t{('even', 'odd')[number % 2]}")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def command(*arguments: str) -> list[str]:

@@ -43,6 +43,21 @@ def hub_stamps(source: HubOptions, base: Path) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
+def hub_configs(source: HubOptions, base: Path) -> list[str]:
+    """Return the names of all configurations of a data set.
+
+    Raises:
+        InputError: as `hub_shards`.
+    """
+    import datasets
+
+    place, _, _, revision, _ = _spec(source, base)
+    try:
+        return [str(name) for name in datasets.get_dataset_config_names(place, revision=revision)]
+    except Exception as error:
+        raise _problem(source.hub, error) from error
+
+
 def hub_shards(source: HubOptions, base: Path) -> int:
     """Return how many pieces of its own the data set has: its files, as a rule.
 
