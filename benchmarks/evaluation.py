@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     for name in ("--side", "--model", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--size", type=int, default=4096, help="tokens of a batch of ours")
+    parser.add_argument("--size", type=int, default=2048, help="tokens of a batch of ours")
     given = parser.parse_args()
     if given.side:
         found = SIDES[given.side](Path(given.model), Path(given.folder), given.device, given.size)

@@ -13,7 +13,7 @@ import click
 @click.option("--model", "only", multiple=True, help="Evaluate this one of the file's models; may be given again.")
 @click.option("--device", default="cpu", show_default=True, help="Where models run: cpu, cuda, cuda:1.")
 @click.option(
-    "--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of a batch at most."
+    "--batch-tokens", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens of a batch at most."
 )
 @click.option(
     "--export", is_flag=True, help="Only write the tasks as lm-evaluation-harness reads them, to OUT/lm_eval."

@@ -53,7 +53,7 @@ class Options:
     """Names of the models to evaluate; all of them by default."""
     device: str = "cpu"
     """As torch names it."""
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     """Tokens of a batch at most, padding included."""
     lease: bool = True
     """Whether another process may evaluate the same model into the same folder, and has to be kept out."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval.score
-from eval.score import Request, Row, plan_batches, plan_rows, share_batches, token_logprobs, total
+from eval.score import Request, Row, plan_batches, plan_lines, plan_rows, share_batches, token_logprobs, total
 from parallel.errors import InputError
 
 
@@ -98,7 +98,7 @@ def test_what_sequences_begin_with_is_computed_once(kind, batch_tokens):
         assert sum(passed) < 0.8 * sum(len(request.tokens) - 1 for request in made)
 
 
-def test_rows_are_joined_where_that_saves_a_quarter():
+def test_rows_are_joined_where_that_saves_a_share_of_their_tokens():
     def rows(*given, longest=100):
         made = [Request(name="r", tokens=tokens, context=context) for tokens, context in given]
         return [(row.requests, row.prefix, row.length) for row in plan_rows(made, longest=longest)]
@@ -107,7 +107,12 @@ def test_rows_are_joined_where_that_saves_a_quarter():
     assert rows(([1, 2, 3, 4], 1), ([1, 2, 3, 4], 1)) == [((0, 1), 3, 5)]  # of each, the last is still scored
     assert rows(([1, 2, 3, 4], 1), ([1, 2, 3, 5], 2)) == [((0,), 0, 4), ((1,), 0, 4)]  # another context
     assert rows(([1, 2, 3, 4], 3), ([1, 2, 9, 4], 3)) == [((0,), 0, 4), ((1,), 0, 4)]  # contexts that differ
-    assert rows(([1, 2, 3, 4, 5], 1), ([1, 9, 9, 9, 9], 1)) == [((0,), 0, 5), ((1,), 0, 5)]
+    one, other = [1, *[2] * 23], [1, *[3] * 23]
+    assert rows((one, 1), (other, 1)) == [((0,), 0, 24), ((1,), 0, 24)]  # BOS alone is less than a twentieth
+    assert rows((one[:20], 1), (other[:20], 1)) == [((0, 1), 1, 39)]
+    one, other = [*[1] * 60, *[2] * 240], [*[1] * 60, *[3] * 240]
+    assert rows((one, 1), (other, 1), longest=1024) == [((0,), 0, 300), ((1,), 0, 300)]  # more than a line: a quarter
+    assert rows(([*[1] * 30, *one], 1), ([*[1] * 30, *other], 1), longest=1024) == [((0, 1), 90, 570)]
     three = (([1, 2, 3, 4], 1), ([1, 2, 3, 5], 1), ([1, 2, 6, 7], 1))
     assert rows(*three) == [((0, 1, 2), 2, 8)]
     assert rows(*three, longest=7) == [((0, 1), 3, 5), ((2,), 0, 4)]
@@ -138,18 +143,59 @@ def test_a_float64_model_is_scored_in_float64(llama):
 def test_logits_are_never_held_for_more_than_a_chunk(llama, monkeypatch):
     model = llama(tie_word_embeddings=False)
     seen = []
-    model.lm_head.register_forward_hook(lambda module, given, logits: seen.append(logits.shape[0]))
+    logits = eval.score._logits
+
+    def counted(*given, **how):
+        seen.append(tuple(logits(*given, **how).shape))
+        return logits(*given, **how)
+
+    monkeypatch.setattr(eval.score, "_logits", counted)
     made = requests()
     whole = token_logprobs(model, made, batch_tokens=10_000)
     wanted = sum(len(request.tokens) - request.context for request in made)
-    assert seen == [wanted], "logits just where a token is scored"
+    assert seen == [(wanted, 258)], "logits just where a token is scored"
     seen.clear()
-    monkeypatch.setattr(eval.score, "LOGITS", 258 * 7)
+    monkeypatch.setattr(eval.score, "COLUMNS", 100)
+    monkeypatch.setattr(eval.score, "LOGITS", 100 * 7)
     pieces = token_logprobs(model, made, batch_tokens=10_000)
-    assert max(seen) == 7
-    assert sum(seen) == wanted
+    assert {columns for _, columns in seen} == {100, 58}
+    assert max(rows for rows, _ in seen) == 7
+    assert sum(rows for rows, columns in seen if columns == 58) == wanted
     for one, other in zip(whole, pieces, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_head_that_is_no_plain_matrix_is_called(llama):
+    class Head(torch.nn.Linear):
+        """As ZeRO-3 has it, whose weight is whole within the call alone."""
+
+    model = llama(tie_word_embeddings=False)
+    head = Head(model.config.hidden_size, 258, bias=False)
+    head.load_state_dict(model.lm_head.state_dict())
+    made = requests(count=5)
+    plain = token_logprobs(model, made, batch_tokens=1000)
+    model.lm_head = head
+    for one, other in zip(plain, token_logprobs(model, made, batch_tokens=1000), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_short_rows_share_lines_with_little_left_empty(llama):
+    rng = np.random.Generator(np.random.Philox(6))
+    made = [Request(name=f"r{at}", tokens=rng.integers(0, 258, size=rng.integers(2, 60)).tolist()) for at in range(200)]
+    rows = plan_rows(made, longest=1024)
+    batches = plan_lines(rows, 256, 1024)
+    lines = [line for batch in batches for line in batch]
+    assert sorted(one for line in lines for row in line for one in row.requests) == list(range(200))
+    filled = [sum(row.places for row in line) for line in lines]
+    assert max(filled) <= 256
+    assert max(len(batch) for batch in batches) == 4
+    assert sum(filled) > 0.95 * 256 * len(lines)
+    assert plan_lines([], 256, 1024) == []
+    assert plan_lines(rows[:1], 256, 1) == [[[rows[0]]]]
+    # None of a line sees another: each is as it is alone.
+    model = llama()
+    for request, found in zip(made[:20], token_logprobs(model, made[:20], batch_tokens=4096, share=True), strict=True):
+        np.testing.assert_allclose(found, oracle(model, request), rtol=0, atol=1e-5)
 
 
 class Given(Exception):

@@ -6,7 +6,7 @@ import os
 import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
-from real_models import SMOLLM2, real_model
+from real_models import GEMMA3, SMOLLM2, real_model
 from test_evaluating import verdict
 from test_merging import told
 
@@ -20,7 +20,7 @@ LANGUAGES = {"eng": "en", "swe": "sv", "est": "et"}
 COUNT = 12
 
 
-def parallel_text(folder):
+def parallel_text(folder, count=COUNT):
     """Write the same interface strings in three languages: a document a component, of those that all have."""
     wheel = fetch(WHEEL[0], sha256=WHEEL[1], python_version="3.13", cache=default_cache())
     found = {}
@@ -37,8 +37,8 @@ def parallel_text(folder):
         for name in names
         if len({json.dumps(part[name], sort_keys=True) for part in found.values()}) == len(LANGUAGES)
     }
-    chosen = [name for name, keys in both.items() if 5 <= len(keys) <= 40][:COUNT]
-    assert len(chosen) == COUNT
+    chosen = [name for name, keys in both.items() if 5 <= len(keys) <= 40][:count]
+    assert len(chosen) == count
     for language, part in found.items():
         rows = [{"id": name, "text": "\n".join(part[name][key] for key in both[name])} for name in chosen]
         (folder / f"{language}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -77,3 +77,22 @@ def test_an_english_model_on_english_and_two_other_languages(tmp_path, monkeypat
     )["results"]
     assert results["swe-made"]["acc,none"] == pytest.approx(swaps["swe"]["value"], abs=1e-4)
     assert results["eng"]["bits_per_byte,none"] == pytest.approx(bits["eng"]["value"], abs=1e-4)
+
+
+@pytest.mark.timeout(1800)  # the vocabulary of the second one is converted for minutes, once
+def test_a_multilingual_model_on_the_same_text(tmp_path, monkeypatch):
+    """Bits per byte compare models of other vocabularies, where perplexity a token does not."""
+    models = {"smollm2": real_model(SMOLLM2, tokenizer=True), "gemma3": real_model(GEMMA3, tokenizer=True)}
+    parallel_text(tmp_path, count=6)
+    tasks = "".join(f"  {one}: {{kind: text, files: {one}.jsonl, language: {one}}}\n" for one in LANGUAGES)
+    places = ", ".join(f"{name}: {os.path.relpath(model, tmp_path)}" for name, model in models.items())
+    (tmp_path / "eval.yaml").write_text(f"models: {{{places}}}\ntasks:\n{tasks}")
+    monkeypatch.chdir(tmp_path)
+    found = told("eval", "eval.yaml", "out")
+    assert found.exit_code == 0, found.stderr
+    print(found.stdout)
+    english, gemma = (verdict(tmp_path, name)["tasks"] for name in models)
+    for one in ("swe", "est"):
+        assert gemma[one]["bits_per_byte"]["high"] < 0.8 * english[one]["bits_per_byte"]["low"]
+        assert gemma[one]["tokens_per_word"] < 0.85 * english[one]["tokens_per_word"]
+    assert gemma["eng"]["tokens_per_word"] == pytest.approx(english["eng"]["tokens_per_word"], rel=0.25)
