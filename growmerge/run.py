@@ -249,6 +249,9 @@ def publish(plan: Plan) -> None:
         data, shown = path.read_bytes(), plan.workdir / place
         if not shown.is_file() or shown.read_bytes() != data:
             write_bytes(shown, data)
+    for path in (plan.workdir / EVALUATION).rglob("*.json"):
+        if path.stem not in plan.nodes:  # a stage that the file does not have any more; its scores stay
+            path.unlink()
     links = plan.workdir / "models"
     with disk_errors(links):
         links.mkdir(exist_ok=True)

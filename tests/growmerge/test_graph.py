@@ -17,6 +17,7 @@ MODEL = SMALL[SMALL.index("model:") : SMALL.index("mixtures:")]
 STAGES = "seed, base-1x, base-2x, grown, 1x-linear, 1x-ties, 2x-linear, 2x-ties"
 GRID = "each: {setup: [1x, 2x], method: [linear, ties]}"
 
+ASKED = "evaluation: {{tasks: {{{}}}}}\nchecks:"
 ERRORS = [
     # variables and names
     ("each: {setup: [1x, 2x]}", "each: {s: [1x]}", "32: stages.base-{setup}: unknown variable 'setup': allowed are s"),
@@ -68,6 +69,12 @@ ERRORS = [
     ("checks:", STUDY.replace("{setup}", "{setpu}") + "checks:", "50: study.adapted: unknown variable 'setpu':*"),
     ("checks:", STUDY + "  joint: all\nchecks:", "52: study.joint: 'all' asks for an unknown stage 'all': *"),
     ("checks:", STUDY + "  merged: '{setup}'\nchecks:", "52: study.merged: '{setup}' asks for an unknown stage '1x':*"),
+    # what models are asked
+    ("checks:", ASKED.format("own: {kind: pairs, files: p.tsv}"), "46: evaluation.tasks.own.files: p.tsv: no such file *"),
+    ("checks:", ASKED.format("own: {kind: pears}"), "46: *.tasks.own.kind: unknown kind 'pears': *; did you mean *?"),
+    ("checks:", ASKED.format("own: {kind: text, hub: a/b, good: c}"), "46: *.own.good: has no meaning for kind text: *"),
+    ("checks:", ASKED.format("heldout-eng: {kind: text, hub: a/b}"), "46: *: 'heldout-eng' is what the pipeline itself *"),
+    ("checks:", ASKED.format("a b: {kind: text, hub: a/b}"), "46: evaluation.tasks.a b: 'a b' cannot be a name: *"),
 ]  # fmt: skip
 
 
