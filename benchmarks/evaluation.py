@@ -2,6 +2,7 @@
 
 python benchmarks/evaluation.py [--pairs 300] [--rounds 3]     # SmolLM2-135M, English sentences with two words swapped
 python benchmarks/evaluation.py --kind agreement               # short ones of a template, whose verbs agree or do not
+python benchmarks/evaluation.py --weights gemma3               # Gemma-3-270M, of whose work most is its vocabulary
 python benchmarks/evaluation.py --device cuda --pairs 20000
 
 Each process loads the model once, scores a few pairs to warm up, then all of them; loading is not counted. lm-eval
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", choices=KINDS, default="swaps")
+    parser.add_argument("--weights", choices=("smollm2", "gemma3"), default="smollm2")
     parser.add_argument("--device", default="cpu")
     for name in ("--side", "--model", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -149,9 +151,9 @@ def main() -> None:
             peak = torch.cuda.max_memory_allocated() / 2**20
         print(json.dumps({**found, "peak": peak}))
         return
-    from real_models import SMOLLM2, real_model
+    from real_models import GEMMA3, SMOLLM2, real_model
 
-    model = real_model(SMOLLM2, tokenizer=True)
+    model = real_model({"smollm2": SMOLLM2, "gemma3": GEMMA3}[given.weights], tokenizer=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make(folder, given.pairs, given.kind)
