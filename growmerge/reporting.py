@@ -11,7 +11,7 @@ from growmerge.costs import costs, events_by_stage, incidents, training_seconds
 from growmerge.findings import asked, curve, fertility, losses, samples, versions
 from growmerge.report import analyse
 from growmerge.report_files import write_report
-from growmerge.run import FROM, Plan, load, publish
+from growmerge.run import FROM, Plan, alone, load, publish
 from growmerge.shapes import multiplied, parameters
 from growmerge.status import rows
 from growmerge.training import RUN
@@ -48,10 +48,7 @@ def report_on(workdir: Path) -> Path:
 
 def _unfinished(plan: Plan) -> dict[str, Any]:
     """Return what is known of a pipeline that is not done, and how far it is."""
-    # Seconds of torch, which other reports do without.
-    from growmerge.context import Context, Resources
-    from growmerge.results import gather
-    from parallel.ranks import ALONE
+    from growmerge.results import gather  # seconds of torch, which other reports do without
 
     states = {row.stage: {"stage": row.stage, "state": row.state, "note": row.note} for row in _rows(plan.workdir)}
     shown = []
@@ -62,17 +59,7 @@ def _unfinished(plan: Plan) -> dict[str, Any]:
             now = {"stage": name, "state": "waiting", "note": ""}
         shown.append(now)
     done = sum(one["state"] == "done" for one in shown)
-    resources = Resources(threads=plan.pipeline.resources.threads or 1, began=_began(plan.workdir))
-    context = Context(
-        pipeline=plan.pipeline,
-        nodes=plan.nodes,
-        tasks=plan.tasks,
-        base=plan.base,
-        workdir=plan.workdir,
-        ranks=ALONE,
-        resources=resources,
-        report=lambda event: None,
-    )
+    context = alone(plan, plan.pipeline.resources.threads or 1, _began(plan.workdir), lambda event: None)
     return gather(context, {"done": done, "stages": len(shown), "rows": shown})
 
 

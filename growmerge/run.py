@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,24 +202,29 @@ def wait_for_orphans(path: Path) -> None:
     raise InputError(f"{path.parent} is in use: {owner}")
 
 
-def _do_here(plan: Plan, name: str, show: Any, began: float) -> None:
+def alone(plan: Plan, threads: int, began: float, report: Callable[[Mapping[str, Any]], None]) -> Any:
+    """Return the context of tasks that this process does by itself."""
     from growmerge.context import Context, Resources
-    from growmerge.verbs import do
     from parallel.ranks import ALONE
 
-    started = time.time()
-    show.event({"event": "start", "stage": name})
-    context = Context(
+    return Context(
         pipeline=plan.pipeline,
         nodes=plan.nodes,
         tasks=plan.tasks,
         base=plan.base,
         workdir=plan.workdir,
         ranks=ALONE,
-        resources=Resources(threads=1, began=began),
-        report=show.event,
+        resources=Resources(threads=threads, began=began),
+        report=report,
     )
-    do(context, plan.tasks[name])
+
+
+def _do_here(plan: Plan, name: str, show: Any, began: float) -> None:
+    from growmerge.verbs import do
+
+    started = time.time()
+    show.event({"event": "start", "stage": name})
+    do(alone(plan, 1, began, show.event), plan.tasks[name])
     show.event({"event": "done", "stage": name, "seconds": round(time.time() - started, 2)})
 
 

@@ -211,31 +211,20 @@ def grown_merges(study: Study) -> Iterator[Comparison]:
 
 def methods(study: Study) -> Iterator[Comparison]:
     """Q6: the other merge methods against the first one, together and each, on average over the languages."""
-    where = _everywhere(study)
     one, *others = study.methods or ["first"]
-    for setups in [study.setups, *([setup] for setup in study.setups)]:
-        part = "" if setups is study.setups else setups[0]
-        what = f"{listed(others) or 'other'} merges of {'all setups' if not part else f'{part} models'}"
+    asked = [("", study.setups, others), *((setup, [setup], others) for setup in study.setups)]
+    asked += [(method, study.setups, [method]) for method in others if len(others) > 1]
+    for part, setups, compared in asked:
+        of = "all setups" if len(setups) == len(study.setups) else f"{part} models"
         yield Comparison(
             part=part,
             label=part,
-            where=where,
-            first=f"the {what}",
+            where=_everywhere(study),
+            first=f"the {listed(compared) or 'other'} merges of {of}",
             verb="reach",
-            a=mean(study.merged(setup, method) for setup in setups for method in others),
+            a=mean(study.merged(setup, method) for setup in setups for method in compared),
             second=f"the {one} merges",
             b=mean(study.merged(setup, one) for setup in setups),
-        )
-    for method in others if len(others) > 1 else ():
-        yield Comparison(
-            part=method,
-            label=method,
-            where=where,
-            first=f"the {method} merges of all setups",
-            verb="reach",
-            a=mean(study.merged(setup, method) for setup in study.setups),
-            second=f"the {one} merges",
-            b=mean(study.merged(setup, one) for setup in study.setups),
         )
 
 

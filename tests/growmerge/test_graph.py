@@ -70,10 +70,10 @@ ERRORS = [
     ("checks:", STUDY + "  joint: all\nchecks:", "52: study.joint: 'all' asks for an unknown stage 'all': *"),
     ("checks:", STUDY + "  merged: '{setup}'\nchecks:", "52: study.merged: '{setup}' asks for an unknown stage '1x':*"),
     # what models are asked
-    ("checks:", ASKED.format("own: {kind: pairs, files: p.tsv}"), "46: evaluation.tasks.own.files: p.tsv: no such file *"),
+    ("checks:", ASKED.format("own: {kind: pairs, files: p.tsv}"), "46: *.tasks.own.files: p.tsv: no such file *"),
     ("checks:", ASKED.format("own: {kind: pears}"), "46: *.tasks.own.kind: unknown kind 'pears': *; did you mean *?"),
-    ("checks:", ASKED.format("own: {kind: text, hub: a/b, good: c}"), "46: *.own.good: has no meaning for kind text: *"),
-    ("checks:", ASKED.format("heldout-eng: {kind: text, hub: a/b}"), "46: *: 'heldout-eng' is what the pipeline itself *"),
+    ("checks:", ASKED.format("own: {kind: text, hub: a/b, good: c}"), "46: *.own.good: has no meaning for kind text*"),
+    ("checks:", ASKED.format("heldout-eng: {kind: text, hub: a/b}"), "46: *: 'heldout-eng' is what the pipeline *"),
     ("checks:", ASKED.format("a b: {kind: text, hub: a/b}"), "46: evaluation.tasks.a b: 'a b' cannot be a name: *"),
 ]  # fmt: skip
 
