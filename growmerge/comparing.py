@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from checkpoint.files import read_json
 from growmerge.paired import Comparison, Verdict, caption, judged
 from growmerge.tasks import EVALUATION
-from growmerge.verdicts import headline, outcome, written
+from growmerge.verdicts import headline, outcome, print_whole, written
 from parallel.errors import InputError, one_of
 
 
@@ -179,9 +178,8 @@ def print_comparison(found: Mapping[str, Any]) -> None:
         for name, entry in about["models"].items():
             table.add_row(f"{task} ({about['unit']})", name, *_cells(about["unit"], entry))
         table.add_section()
-    console = Console(highlight=False, width=max(160, Console().width))
-    console.print(table)
-    console.print(caption([one for about in found["tasks"].values() for one in about["models"].values()]))
+    print_whole(table)
+    print(caption([one for about in found["tasks"].values() for one in about["models"].values()]))
 
 
 def _cells(unit: str, entry: Mapping[str, Any]) -> Iterator[Any]:

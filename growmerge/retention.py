@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from checkpoint.files import read_json, write_json
 from growmerge.paired import Comparison, Verdict, caption, judged, unit
 from growmerge.roles import Roles
-from growmerge.verdicts import COMPARISONS, outcome, written
+from growmerge.verdicts import COMPARISONS, outcome, print_whole, written
 
 NUMBERS = ("value", "low", "high", "p", "adjusted", "outcome", "why")
 Key = tuple[str, str, str, str]
@@ -98,6 +97,5 @@ def print_roles(found: Sequence[Mapping[str, Any]]) -> None:
         change = written(one["unit"], one, sign=True) if one["value"] is not None else ""
         p = f"{one['adjusted']:.2g}" if one["adjusted"] is not None else ""
         table.add_row(one["kind"], task, one["model"], one["against"], change, p, outcome(one))
-    console = Console(highlight=False, width=max(160, Console().width))
-    console.print(table)
-    console.print(caption(found))
+    print_whole(table)
+    print(caption(found))

@@ -14,6 +14,8 @@ Z = 1.96
 """Standard errors on either side of a mean for 95 %: lm-eval gives these alone."""
 STARS = {0.001: "***", 0.01: "**", 0.05: "*"}
 """How sure a difference is: its p, adjusted, is below the number."""
+WIDEST = 10_000
+"""Characters of a line."""
 COLORS = {"better": "green", "worse": "red"}
 
 
@@ -36,18 +38,32 @@ def headline(task: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
 
 
 def print_table(verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """Print a row a model and a column a task."""
+    """Print models by tasks; tasks are the rows where there are more of them."""
     tasks = {name: task for verdict in verdicts for name, task in verdict["tasks"].items() if headline(task)}
+    names = [verdict["model"]["name"] for verdict in verdicts]
+    units = {name: found[0] for name, task in tasks.items() if (found := headline(task))}
+    cells = [
+        [written(*found) if (found := headline(verdict["tasks"][name])) else "–" for name in tasks]
+        for verdict in verdicts
+    ]
+    across = len(tasks) > len(names)
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("model", no_wrap=True)
-    for name, task in tasks.items():
-        found = headline(task)
-        assert found is not None, name
-        table.add_column(f"{name}\n{found[0]}", justify="right", no_wrap=True)
-    for verdict in verdicts:
-        row = [headline(verdict["tasks"][name]) for name in tasks]
-        table.add_row(verdict["model"]["name"], *(written(*one) if one else "–" for one in row))
-    Console(highlight=False, width=max(120, Console().width)).print(table)
+    heads = ["task", "", *names] if across else ["model", *(f"{name}\n{unit}" for name, unit in units.items())]
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number > across else "left", no_wrap=True)
+    if across:
+        for (name, unit), *row in zip(units.items(), *cells, strict=True):
+            table.add_row(name, unit, *row)
+    else:
+        for name, row in zip(names, cells, strict=True):
+            table.add_row(name, *row)
+    print_whole(table)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is: a number that is cut is none."""
+    wide = Console(highlight=False, width=WIDEST)
+    Console(highlight=False, width=wide.measure(table).maximum).print(table)
 
 
 def written(called: str, number: Mapping[str, Any], *, sign: bool = False) -> str:

@@ -62,8 +62,8 @@ def test_an_english_model_on_english_and_two_other_languages(tmp_path, monkeypat
     bits = {one: scores[one]["bits_per_byte"] for one in LANGUAGES}
     swaps = {one: scores[f"{one}-made"]["sum"]["micro"] for one in LANGUAGES}
     for one in ("swe", "est"):
-        assert bits["eng"]["high"] < 0.6 * bits[one]["low"]
-        assert swaps["eng"]["value"] > swaps[one]["value"] + 0.15
+        assert bits["eng"]["high"] < 0.75 * bits[one]["low"]
+        assert swaps["eng"]["value"] > swaps[one]["value"]
         assert scores["eng"]["tokens_per_word"] < 0.7 * scores[one]["tokens_per_word"]
     assert told("eval", "eval.yaml", "out", "--export").exit_code == 0
     results = lm_eval.simple_evaluate(
