@@ -89,7 +89,7 @@ def _drawn(documents: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 @lru_cache(maxsize=2)
 def _kept(documents: int, resamples: int, seed: int) -> tuple[np.ndarray, ...]:
-    """Return what `_drawn` yields: to draw takes fifty times as long as to use, and reports draw the same again."""
+    """Return what `_drawn` yields: to draw takes fifteen times as long as to use, and reports draw the same again."""
     return tuple(counts.astype(np.uint32) for counts in _drawn(documents, resamples, seed))
 
 
