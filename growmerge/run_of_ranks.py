@@ -68,7 +68,6 @@ def run(config: TrainConfig, base: Path, folder: Path, ranks: Ranks, report: Rep
             model,
             tokenizer,
             heldout,
-            {},
             window=window,
             stride=config.evaluation.stride or max(1, window // 2),
             rank=readers.rank,

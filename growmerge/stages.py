@@ -69,7 +69,6 @@ def do_train(context: Context, task: Task) -> None:
             model,
             tokenizer,
             heldout,
-            {},
             window=config["evaluation"]["window"],
             stride=config["evaluation"]["stride"],
             rank=readers.rank,

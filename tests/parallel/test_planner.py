@@ -25,14 +25,15 @@ STAGES = {
     for zero in (1, 2, 3)
     for precision in ("float32", "bfloat16")
 }
+LONG = {"precision": "float32", "micro_batch": 4, "sequence_length": 256}
 OTHERS = {
     "float32 0": {"zero": 0, "precision": "float32"},
     "float32 2, two passes": {"zero": 2, "precision": "float32", "accumulation": 2},
     "3, two passes": {"accumulation": 2},
-    "1, long": {"zero": 1, "micro_batch": 4, "sequence_length": 256},
-    "2, long, two passes": {"zero": 2, "micro_batch": 4, "sequence_length": 256, "accumulation": 2},
-    "3, long": {"micro_batch": 4, "sequence_length": 256},
-    "3, long, recompute": {"micro_batch": 4, "sequence_length": 256, "recompute": True},
+    "1, long": {"zero": 1, **LONG},
+    "2, long, two passes": {"zero": 2, "accumulation": 2, **LONG},
+    "3, long": LONG,
+    "3, long, recompute": {"recompute": True, **LONG},
     "2, offload": {"zero": 2, "offload": True},
     "2, offload, two passes": {"zero": 2, "offload": True, "accumulation": 2},
     "3, offload": {"offload": True},
@@ -48,10 +49,10 @@ def compare(folder, world, cases, model):
     for name, (setup, _) in variants.items():
         planned = memory_of(tiny_config(**model), setup)
         host = sum(size for term, size in planned.host.items() if term != "checkpoint buffers")
-        rest = max(found[name][0] for found in ranks)
         peak = max(found[name][1][-1] for found in ranks)
-        low = sum(planned.rest.values()) + host
-        assert low == pytest.approx(rest, rel=0.01 if setup.mesh == Mesh(dp=world) else 0.05), (name, planned.rest)
+        low = pytest.approx(sum(planned.rest.values()) + host, rel=0.01 if setup.mesh == Mesh(dp=world) else 0.05)
+        # The planner describes the stage of a pipeline that takes most: the others may hold more between steps.
+        assert low in [found[name][0] for found in ranks], (name, planned.rest)
         assert planned.total + host == pytest.approx(peak, rel=0.1), (name, planned.when, planned.peak)
 
 
@@ -61,8 +62,14 @@ SMALL = {**MODEL, "num_hidden_layers": 2, "vocab_size": 4096}
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_running_engine(tmp_path):
-    """The peak is at the gradients' reduction and at the update: few tokens do, as bfloat16 is slow on CPUs."""
-    compare(tmp_path, 1, {"2": {"zero": 2, "sequence_length": 16}, "3": {"sequence_length": 16}}, SMALL)
+    """The peak is at the gradients' reduction and at the update: few tokens do."""
+    compare(tmp_path, 1, {"2": {"zero": 2}, "3": {}}, SMALL)
+
+
+@pytest.mark.slow
+def test_memory_of_long_sequences_in_bfloat16_is_that_of_a_running_engine(tmp_path):
+    long = {"micro_batch": 4, "sequence_length": 128}
+    compare(tmp_path, 1, {"2": {"zero": 2, **long}, "3, recompute": {"recompute": True, **long}}, SMALL)
 
 
 @pytest.mark.slow
@@ -73,12 +80,14 @@ def test_memory_of_every_stage_is_that_of_running_engines(tmp_path, world):
 
 @pytest.mark.slow
 def test_memory_of_other_axes_is_that_of_running_engines(tmp_path):
-    long = {"micro_batch": 4, "sequence_length": 256}
+    meshes = {
+        "tp": {"mesh": Mesh(tp=2)},
+        "tp, 1": {"mesh": Mesh(tp=2), "zero": 1},
+        "sp": {"mesh": Mesh(sp=2)},
+        "pp": {"mesh": Mesh(pp=2), "zero": 1, "accumulation": 4},
+    }
     cases = {
-        "tp": {"mesh": Mesh(tp=2), **long},
-        "tp, 1": {"mesh": Mesh(tp=2), "zero": 1, **long},
-        "sp": {"mesh": Mesh(sp=2), **long},
-        "pp": {"mesh": Mesh(pp=2), "zero": 1, "accumulation": 4, **long},
+        name + kind: {**mesh, **how} for name, mesh in meshes.items() for kind, how in {"": {}, ", long": LONG}.items()
     }
     compare(tmp_path, 2, cases, MODEL)
 

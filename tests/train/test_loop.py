@@ -69,7 +69,6 @@ def go(ranks, folder, plan=PLAN):
             model,
             Letters(),
             {"eng": DOCUMENTS},
-            {},
             window=16,
             stride=8,
             batch_tokens=64,
@@ -104,7 +103,7 @@ def test_a_run_resumes_exactly_and_evaluates_as_the_saved_model(tmp_path):
 
     # What the running ZeRO-3 engine scores is what the saved model scores, loaded on its own.
     model = load_model(open_checkpoint(last))
-    alone = evaluate_model(model, Letters(), {"eng": DOCUMENTS}, {}, window=16, stride=8, batch_tokens=64)
+    alone = evaluate_model(model, Letters(), {"eng": DOCUMENTS}, window=16, stride=8, batch_tokens=64)
     for ours, theirs in zip(
         lines[-1]["evaluation"]["languages"]["eng"]["documents"], alone["languages"]["eng"]["documents"], strict=True
     ):
