@@ -240,6 +240,13 @@ def inspect(checkpoint: Path, check: bool, finite: bool) -> None:
 @click.option("--heads", type=int, help="Factor of the query heads.")
 @click.option("--kv-heads", type=int, help="Factor of the key/value heads.")
 @click.option("--ffn", type=int, help="Factor of the feed-forward width.")
+@click.option("--to-hidden", type=int, help="Hidden size, of any value: what lacks after the factors is padded.")
+@click.option("--to-heads", type=int, help="Query heads, likewise.")
+@click.option("--to-kv-heads", type=int, help="Key/value heads, likewise.")
+@click.option("--to-ffn", type=int, help="Feed-forward width, likewise.")
+@click.option("--to-head-dim", type=int, help="Elements of a head, a multiple of what they are.")
+@click.option("--depth", help="Add layers: stack, interleave, solar, identity, or a map such as 0-23,8-31.")
+@click.option("--layers", type=int, help="Layers of the grown model, with --depth.")
 @click.option("--method", default="exact-split", show_default=True, help="exact-split, symmetric or diagonal.")
 @click.option("--noise-db", type=float, help="Noise so many dB below the weights, with symmetric or diagonal.")
 @click.option(
@@ -252,7 +259,8 @@ def inspect(checkpoint: Path, check: bool, finite: bool) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides unequal shares and noise.")
 def grow(source: Path, **given: Any) -> None:
-    """Grow the checkpoint SOURCE into the folder TARGET without changing its function, in bounded memory."""
+    """Grow the checkpoint SOURCE into the folder TARGET, in bounded memory. The function stays, but for layers that are
+    added otherwise than by `--depth identity`."""
     from growmerge.convert import grow_checkpoint
     from upscale.factors import Recipe
 

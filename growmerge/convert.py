@@ -110,7 +110,7 @@ def grow_checkpoint(source: Path, target: Target, recipe: Recipe) -> str:
         raise InputError(f"{source}: has no optimizer state to grow; leave out --with-optimizer")
     if recipe.state != "reset" and target.format == "safetensors":
         raise InputError("safetensors holds no optimizer state; choose --format zero3 or universal")
-    return _write(source, grow(small, recipe), target, {"verb": "grow", "recipe": _plain(recipe)})
+    return _write(source, grow(small, recipe), target, {"verb": "grow", "recipe": recipe.plain()})
 
 
 def convert_checkpoint(source: Path, target: Target) -> str:
@@ -127,13 +127,6 @@ def convert_checkpoint(source: Path, target: Target) -> str:
 def _open(path: Path, target: Target) -> Source:
     source = open_checkpoint(path)
     return Finite(source, path) if target.finite else source
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.factors(), "method": recipe.method, "noise_db": recipe.noise_db} | {
-        "state": recipe.state,
-        "seed": recipe.seed,
-    }
 
 
 def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) -> str:

@@ -245,12 +245,12 @@ class TrainStage:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowStage:
-    """Grow a model without changing its function (HyperCloning, arXiv 2409.12903)."""
+    """Grow a model: in width without changing its function (HyperCloning, arXiv 2409.12903), or in depth."""
 
     from_: str
     """Stage or checkpoint to grow."""
-    width: int = 2
-    """Factor of all that is not named below."""
+    width: int | None = None
+    """Factor of all sizes that are not named below; 2 by default, 1 beside `depth` or a size to pad to."""
     hidden: int | None = None
     """Factor of the hidden size; `width` by default, as for the next three."""
     heads: int | None = None
@@ -259,6 +259,22 @@ class GrowStage:
     """Factor of the key/value heads."""
     ffn: int | None = None
     """Factor of the feed-forward width."""
+    to_hidden: int | None = None
+    """Hidden size, which may be no multiple: what lacks after the factors is padded, and the function stays."""
+    to_heads: int | None = None
+    """Query heads; at least as many attend to one key/value head as before."""
+    to_kv_heads: int | None = None
+    """Key/value heads."""
+    to_ffn: int | None = None
+    """Feed-forward width."""
+    to_head_dim: int | None = None
+    """Elements of a head, a multiple of what they are."""
+    depth: str | None = None
+    """How layers are added: stack (all of them over and over), interleave (each several times in a row), solar (the
+    model's start and its end, which overlap), identity (copies that add nothing yet; it alone keeps the function), or a
+    map of the old layers such as 0-23,8-31."""
+    layers: int | None = None
+    """Layers of the grown model; not with a map."""
     method: GrowthMethod = "exact-split"
     """How a weight is shared among its copies: unequal parts that add up exactly, equal parts, or the whole to one copy
     (HyperCloning's diagonal)."""

@@ -16,6 +16,13 @@ class Growth:
     heads: int | None = None
     kv_heads: int | None = None
     ffn: int | None = None
+    to_hidden: int | None = None
+    to_heads: int | None = None
+    to_kv_heads: int | None = None
+    to_ffn: int | None = None
+    to_head_dim: int | None = None
+    depth: str | None = None
+    layers: int | None = None
     method: GrowthMethod = "exact-split"
     noise_db: float | None = None
     optimizer: GrownOptimizer = "reset"

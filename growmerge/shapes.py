@@ -78,17 +78,10 @@ def _config(pipeline: Pipeline, node: Node, configs: Mapping[str, Config], base:
 
 def recipe_of(stage: GrowStage, seed: int) -> Recipe:
     """Return how a stage grows."""
-    return Recipe(
-        width=stage.width,
-        hidden=stage.hidden,
-        heads=stage.heads,
-        kv_heads=stage.kv_heads,
-        ffn=stage.ffn,
-        method=stage.method,
-        noise_db=stage.noise_db,
-        state=stage.optimizer,
-        seed=seed,
-    )
+    given = {key: value for key, value in asdict(stage).items() if key not in ("from_", "optimizer", "width")}
+    else_grown = stage.depth or any(value for key, value in given.items() if key.startswith("to_"))
+    width = (1 if else_grown else 2) if stage.width is None else stage.width
+    return Recipe(width=width, state=stage.optimizer, seed=seed, **given)
 
 
 def parameters(config: Config) -> int:

@@ -34,6 +34,7 @@ from parallel.ranks import Ranks
 from train.data.tokenizer import TextTokenizer
 from train.loop import train
 from train.plan import RunPlan
+from upscale.depth import is_exact
 from upscale.grow import grow
 from upscale.verify import compare
 
@@ -157,7 +158,8 @@ def do_grow(context: Context, task: Task) -> None:
                 "max_logit_difference": found.max_logit_difference,
             },
         )
-        if small.infos["model.embed_tokens.weight"].slots["weight"] == torch.float32 and found.loss_difference > EXACT:
+        stored = small.infos["model.embed_tokens.weight"].slots["weight"]
+        if is_exact(recipe.blocks(small.config)) and stored == torch.float32 and found.loss_difference > EXACT:
             raise InputError(f"{task.name}: growth is not exact: held-out loss differs by {found.loss_difference:.1e}")
 
     context.once(action)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from growmerge.sample_text import TEXT
 from parallel.errors import InputError
 from parallel.memory import available_memory, give_back_freed
 from train.data.tokenizer import load_tokenizer
-from upscale.factors import AxisGrowth, Recipe, axis_growths, residual_scale
+from upscale.depth import is_exact
+from upscale.factors import AxisGrowth, Recipe, axis_growths, grown_config, residual_scale
 from upscale.state import rule_of
 from upscale.verify import GradientCheck, Preservation, check_gradients, clone_asymmetry, compare
 
@@ -39,10 +41,11 @@ class Verdict:
     """The grown model computing in bfloat16 against the small one in float32, for bfloat16 weights."""
     floor: Preservation | None
     """The small model against itself in the same way: what the dtype alone costs."""
-    asymmetry: float
-    """Mean over the matrices of how far copies are from one another."""
+    asymmetry: float | None
+    """Mean over the matrices of how far copies are from one another; None where not all that is new is a copy: sizes
+    were padded, or layers added."""
     gradients: GradientCheck | None
-    """None where the models were read a module at a time: gradients need all of them."""
+    """None likewise, and where the models were read a module at a time: gradients need all of them."""
 
 
 def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor], *, by_module: bool = False) -> Verdict:
@@ -59,12 +62,13 @@ def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor], *, by_
     tensors = {name: tensor for name, tensor in small.family.tensors(small.config).items() if tensor.tied_to is None}
     growths = {name: tuple(axes[axis] for axis in tensor.axes) for name, tensor in tensors.items()}
     matrices = [name for name, tensor in tensors.items() if tensor.kind == "matrix"]
-    asymmetries = [_asymmetry(grown, name, growths[name]) for name in matrices]
+    copied = not recipe.sizes.given() and sizes_of(small, Recipe())["layers"] == sizes_of(grown, Recipe())["layers"]
+    asymmetries = [_asymmetry(grown, name, growths[name]) for name in matrices] if copied else []
     load = stream_model if by_module else load_model
     first, second = load(small), load(grown)
     exact = compare(first, second, batches)
     rules = {name: rule_of(tensor, axes, small.config) for name, tensor in tensors.items()}
-    gradients = None if by_module else check_gradients(first, second, batches[0], growths, rules)
+    gradients = None if by_module or not copied else check_gradients(first, second, batches[0], growths, rules)
     del second
     coarse: dict[str, Preservation] = {}
     stored = next(iter(small.infos.values())).slots["weight"]
@@ -77,7 +81,7 @@ def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor], *, by_
         float32=exact,
         bfloat16=coarse.get("bfloat16"),
         floor=coarse.get("floor"),
-        asymmetry=sum(asymmetries) / len(asymmetries),
+        asymmetry=sum(asymmetries) / len(asymmetries) if asymmetries else None,
         gradients=gradients,
     )
 
@@ -94,9 +98,10 @@ def recipe_of(small: Source, grown: Source) -> tuple[Recipe, bool]:
     if record.get("verb") == "grow" and isinstance(record.get("recipe"), Mapping):
         recipe = {key: value for key, value in record["recipe"].items() if key in Recipe.__dataclass_fields__}
         found = Recipe(**{key: value for key, value in recipe.items() if not key.endswith("_")})
-        if _shape(axis_sizes(small, found)) == _shape(axis_sizes(grown, Recipe())):
-            return found, True
-    before, after = axis_sizes(small, Recipe()), axis_sizes(grown, Recipe())
+        with suppress(InputError):  # of another small model
+            if sizes_of(small, found) == sizes_of(grown, Recipe()):
+                return found, True
+    before, after = sizes_of(small, Recipe()), sizes_of(grown, Recipe())
     factors: dict[str, Any] = {}
     for part, axis in (("hidden", "hidden"), ("heads", "q"), ("kv_heads", "kv"), ("ffn", "ffn")):
         factors[part], rest = divmod(after[axis], before[axis])
@@ -113,24 +118,29 @@ def fits(small: Source, grown: Source) -> bool:
     return 2 * 4 * count < 0.8 * available_memory()
 
 
-def axis_sizes(source: Source, recipe: Recipe) -> dict[str, int]:
-    return {axis: growth.size * growth.copies for axis, growth in axis_growths(recipe, source.config).items()}
-
-
-def _shape(sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[axis] for axis in sorted(sizes))
+def sizes_of(source: Source, recipe: Recipe) -> dict[str, int]:
+    """Return the sizes of what a recipe makes of a model: each axis, and how many layers."""
+    config = grown_config(recipe, source.config)
+    return {**source.family.axes(config), "layers": config["num_hidden_layers"]}
 
 
 def promises(recipe: Recipe, dtype: torch.dtype, small: Source) -> bool:
     """Return whether a recipe keeps the function up to float32's rounding, the weights stored in a dtype.
 
     Equal shares of a bfloat16 number are exact for powers of two alone, and noise that cancels is rounded. So is a norm
-    that has to grow by the square root of a factor, as Gemma's do.
+    that has to grow by the square root of a factor, as Gemma's do, and what padding scales. Norms of heads have the eps
+    of those of a padded stream. Of layers that are added `identity` alone keeps the function.
     """
     axes = axis_growths(recipe, small.config)
     tensors = small.family.tensors(small.config).values()
+    if not is_exact(recipe.blocks(small.config)):
+        return False
+    if small.family.head_norms and recipe.to_hidden:
+        return False
     if dtype == torch.float32:
         return True
+    if recipe.to_hidden or (recipe.to_head_dim and not small.family.attention_scale):
+        return False
     if any(residual_scale(tensor, axes, small.config) != 1 for tensor in tensors):
         return False
     if recipe.method == "exact-split":
@@ -188,11 +198,14 @@ def _print(found: Verdict, tokens: int) -> None:
     console = Console(highlight=False, width=max(120, Console().width))
     console.print(table)
     console.print(f"loss {found.float32.loss_small:.6f} -> {found.float32.loss_grown:.6f} nats a token")
-    alike = "all equal: training cannot tell them apart" if found.asymmetry == 0 else "0 if equal"
-    console.print(f"copies differ by {found.asymmetry:.3f} of their size, on average over the matrices ({alike})")
-    if found.gradients is None:
-        console.print("gradients: not checked, as the models were read a module at a time")
+    if found.asymmetry is None:
+        console.print("copies and gradients: not checked, as sizes were padded or layers added")
     else:
+        alike = "all equal: training cannot tell them apart" if found.asymmetry == 0 else "0 if equal"
+        console.print(f"copies differ by {found.asymmetry:.3f} of their size, on average over the matrices ({alike})")
+    if found.asymmetry is not None and found.gradients is None:
+        console.print("gradients: not checked, as the models were read a module at a time")
+    if found.gradients is not None:
         console.print(
             f"gradients: their mean over copies is the optimizer rule's within {found.gradients.mean:.1e}, "
             f"single copies differ from it by {found.gradients.single:.3f} (root mean square, worst tensor)"

@@ -68,12 +68,19 @@ class Family:
     """What a config without `head_dim` means; hidden_size / num_attention_heads if None."""
     logits_divisor: str | None = None
     """The config key, if there is one, by which the model divides its logits."""
+    attention_scale: str | None = None
+    """The config key, if there is one, that says what attention is scaled by; 1 / sqrt(head_dim) if None."""
     norm_offset: float = 0.0
     """Norms multiply by this plus their weight."""
     scaled_embeddings: bool = False
     """The model multiplies its embeddings by sqrt(hidden_size)."""
     whole_heads: bool = False
     """transformers refuses a hidden size that is no multiple of the number of query heads."""
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether queries and keys have norms of their own."""
+        return any("head_dim" in row.axes for row in self.rows)
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Return whether the head is the embedding."""
@@ -230,6 +237,7 @@ GRANITE = Family(
     rows=_model(*_OPTIONAL_BIAS, *_mlp("mlp_bias"), *_TWO_NORMS),
     tied=_TIED,
     logits_divisor="logits_scaling",
+    attention_scale="attention_multiplier",
 )
 
 _FOUR_NORMS = (
@@ -245,6 +253,7 @@ GEMMA2 = Family(
     tied=_TIED,
     tied_by_default=True,
     head_dim=256,
+    attention_scale="query_pre_attn_scalar",
     norm_offset=1.0,
     scaled_embeddings=True,
     whole_heads=True,

@@ -75,9 +75,11 @@ def block_norms(squares: Mapping[str, float], blocks: Mapping[str, str]) -> dict
 
 
 def factors_of(provenance: Mapping[str, Any]) -> dict[str, int] | None:
-    """Return the factors by which a model was grown last, from its provenance; None if that was not growing."""
+    """Return the factors by which a model was grown last, from its provenance; None if that was not by factors alone."""
     recipe = provenance.get("recipe")
     if provenance.get("verb") != "grow" or not isinstance(recipe, Mapping):
+        return None
+    if any(value for key, value in recipe.items() if key.startswith("to_")):
         return None
     return {part: recipe.get(part) or recipe.get("width") or 1 for part in _SIZES}
 

@@ -6,11 +6,13 @@ query heads that grow more than the key/value heads: their copies have to stay w
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from parallel.errors import InputError, one_of
 from parallel.families import Tensor, family_of
+from upscale.depth import Block, blocks_of, deep_config
+from upscale.pad import Sizes, padded_config
 
 Method = Literal["exact-split", "symmetric", "diagonal"]
 State = Literal["reset", "scaled", "asymmetric"]
@@ -31,6 +33,16 @@ class Recipe:
     """Factor of the key/value heads."""
     ffn: int | None = None
     """Factor of the feed-forward width."""
+    to_hidden: int | None = None
+    """Size of the residual stream, which may be no multiple: what lacks after the factors is padded (`upscale.pad`)."""
+    to_heads: int | None = None
+    to_kv_heads: int | None = None
+    to_ffn: int | None = None
+    to_head_dim: int | None = None
+    depth: str | None = None
+    """How layers are added: stack, interleave, solar, identity, or a map such as 0-23,8-31 (`upscale.depth`)."""
+    layers: int | None = None
+    """Layers of the grown model; not with a map."""
     method: Method = "exact-split"
     """How a weight is shared among the copies of its input: unequal parts that add up exactly, equal parts, or the
     whole to one copy (HyperCloning's diagonal)."""
@@ -66,6 +78,25 @@ class Recipe:
             if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
                 raise InputError(f"growth factor of {part} is {factor!r}: allowed are whole numbers from 1 on")
         return found
+
+    @property
+    def sizes(self) -> Sizes:
+        """What is padded, and to what size."""
+        return Sizes(**{part.name: getattr(self, f"to_{part.name}") for part in fields(Sizes)})
+
+    def blocks(self, config: Mapping[str, Any]) -> list[Block]:
+        """Return the layers of the grown model, given the small one's config.
+
+        Raises:
+            InputError: see `blocks_of`.
+        """
+        return blocks_of(self.depth, self.layers, config["num_hidden_layers"])
+
+    def plain(self) -> dict[str, Any]:
+        """Return what provenance keeps of it: all factors, and what else is asked for."""
+        kept = {key: value for key, value in asdict(self).items() if value is not None or key == "noise_db"}
+        del kept["width"]
+        return {**kept, **self.factors()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +142,8 @@ def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGro
     """Return what becomes of each axis of a family's table.
 
     Raises:
-        InputError: a factor that cannot keep the function (see `Recipe`), or a shape that transformers refuses.
+        InputError: a factor that cannot keep the function (see `Recipe`), a shape that transformers refuses, or layers
+            that cannot be made (`upscale.depth.blocks_of`).
     """
     factors = recipe.factors()
     sizes = family_of(config).axes(config)
@@ -137,7 +169,20 @@ def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGro
 
 
 def grown_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the Hugging Face config of the grown model; `head_dim` is kept and becomes explicit."""
+    """Return the Hugging Face config of the grown model.
+
+    Raises:
+        InputError: see `Recipe.factors`, `padded_config` and `blocks_of`.
+    """
+    found = copied_config(recipe, config)
+    if recipe.sizes.given():
+        found = padded_config(found, recipe.sizes)
+    blocks = recipe.blocks(config)
+    return found if recipe.depth is None else deep_config(found, blocks)
+
+
+def copied_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of what whole factors make; `head_dim` is kept and becomes explicit."""
     factors = recipe.factors()
     heads = config["num_attention_heads"]
     divisor = family_of(config).logits_divisor

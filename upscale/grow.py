@@ -29,7 +29,9 @@ from checkpoint.source import (
 from checkpoint.streams import normal_at, uniform_at
 from parallel.errors import InputError, one_of
 from parallel.families import NORMS, Family, Tensor
-from upscale.factors import AxisGrowth, Recipe, Run, axis_growths, divided_dim, grown_config
+from upscale.depth import deepen
+from upscale.factors import AxisGrowth, Recipe, Run, axis_growths, copied_config, divided_dim
+from upscale.pad import pad
 from upscale.split import (
     cancelling_noise,
     diagonal,
@@ -42,16 +44,16 @@ from upscale.split import (
 )
 from upscale.state import Rule, rule_of
 
-RECORDED = ("method", "noise_db", "state", "seed")
-"""What provenance keeps of a recipe beside its factors."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Values = dict[Slot, torch.Tensor]
 Shares = dict[Slot, list[torch.Tensor]]
 
 
-def grow(source: Source, recipe: Recipe) -> "GrownSource":
+def grow(source: Source, recipe: Recipe) -> Source:
     """Return the grown model as a source; nothing is read yet. It is at step 0 unless the recipe keeps Adam's state.
+
+    By whole factors first, then to other sizes, and then each layer is put where it stands in the deeper model.
 
     Raises:
         InputError: the recipe's factors do not fit the model, or its weights have a dtype that cannot be split.
@@ -60,7 +62,10 @@ def grow(source: Source, recipe: Recipe) -> "GrownSource":
     for name, info in source.infos.items():
         if "weight" in info.slots and info.slots["weight"] not in DTYPES:
             raise InputError(f"{name}: {one_of('dtype to grow', info.slots['weight'], DTYPES)}")
-    return GrownSource(source=source, recipe=recipe)
+    wide: Source = GrownSource(source=source, recipe=recipe)
+    if recipe.sizes.given():
+        wide = pad(wide, recipe.sizes, recipe.seed)
+    return deepen(wide, recipe.blocks(source.config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,7 @@ class GrownSource:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return grown_config(self.recipe, self.source.config)
+        return copied_config(self.recipe, self.source.config)
 
     @cached_property
     def _small(self) -> Mapping[str, Info]:
@@ -135,7 +140,7 @@ class GrownSource:
 
     @property
     def run(self) -> RunState:
-        recipe = {**self.recipe.factors(), **{key: getattr(self.recipe, key) for key in RECORDED}}
+        recipe = self.recipe.plain()
         parents = descend([self.source.run.provenance])
         provenance = {"verb": "grow", "recipe": recipe, **parents}
         return replace(self._start.run, tokens=self.source.run.tokens, provenance=provenance)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -81,6 +82,35 @@ def test_what_is_not_promised_is_no_failure(model, tmp_path):
     # A model that was grown by another tool: its factors are seen from its shape.
     (tmp_path / "s" / "growmerge.json").unlink()
     assert json.loads(told("verify", str(model), str(tmp_path / "s"), "--json").stdout)["asymmetry"] == 0
+
+
+def test_padded_and_deeper(model, tmp_path):
+    """Where the function stays `verify` says so; where layers are repeated it says what the loss becomes."""
+    sizes = ("--width", "2", "--to-hidden", "80", "--to-ffn", "99", "--depth", "identity", "--layers", "4")
+    assert told("grow", str(model), str(tmp_path / "big"), *sizes).exit_code == 0
+    big = AutoModelForCausalLM.from_pretrained(tmp_path / "big")
+    assert (big.config.hidden_size, big.config.intermediate_size, big.config.num_hidden_layers) == (80, 99, 4)
+    recipe = json.loads((tmp_path / "big" / "growmerge.json").read_text())["recipe"]
+    assert {key: recipe[key] for key in ("hidden", "to_hidden", "depth", "layers")} == {"hidden": 2} | {
+        "to_hidden": 80,
+        "depth": "identity",
+        "layers": 4,
+    }
+    text = ("--text", str(tmp_path / "text.txt"))
+    found = json.loads(told("verify", str(model), str(tmp_path / "big"), *text, "--json").stdout)
+    assert (found["preserved"], found["asymmetry"], found["gradients"]) == (None, None, None)
+    assert found["float32"]["relative"] < 0.02  # norms times sqrt(64 / 80), in bfloat16
+    for name, *how in (("deep", "identity", "--layers", "4"), ("twice", "stack", "--layers", "4")):
+        assert told("grow", str(model), str(tmp_path / name), "--depth", *how).exit_code == 0
+    found = json.loads(told("verify", str(model), str(tmp_path / "deep"), *text, "--json").stdout)
+    assert found["preserved"] is True
+    assert found["float32"]["relative"] < 1e-5
+    shown = told("verify", str(model), str(tmp_path / "twice"), *text, env={"COLUMNS": "120"})
+    assert shown.exit_code == 0
+    assert "function: not promised by this recipe" in shown.stdout
+    before, after = map(float, re.search(r"loss (\S+) -> (\S+) nats a token", shown.stdout).groups())
+    assert after != before
+    assert "copies and gradients: not checked, as sizes were padded or layers added" in shown.stdout
 
 
 def test_there_and_back_gives_the_same_bytes(model, tmp_path):

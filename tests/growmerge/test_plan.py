@@ -145,6 +145,8 @@ def test_a_config_that_cannot_be_read(data: str | None, expected: str, tmp_path:
         ),
         ("sequence_length: 64", "sequence_length: 256", "30: stage seed: sequence_length 256 is more than the*, 128"),
         ("width: 2", "heads: 3, kv_heads: 2", "38: stage grown: growth factor of heads is 3: allowed are *"),
+        ("width: 2", "depth: stack, layers: 3", "38: stage grown: 3 layers by stack from 2: allowed are *"),
+        ("width: 2", "to_ffn: 8", "38: stage grown: size of ffn is 8: allowed are whole numbers from *"),
         ("width: 2", "noise_db: 10", "38: stage grown: noise of 10.0 dB with method exact-split: allowed is *"),
         ("width: 2", "width: 1, heads: 3, kv_heads: 3", "38: stage grown: hidden size 32 and 12 heads after growth: *"),
         (
