@@ -70,6 +70,8 @@ class Family:
     """The config key, if there is one, by which the model divides its logits."""
     attention_scale: str | None = None
     """The config key, if there is one, that says what attention is scaled by; 1 / sqrt(head_dim) if None."""
+    norm_eps: float = 1e-6
+    """What a config without `rms_norm_eps` means."""
     norm_offset: float = 0.0
     """Norms multiply by this plus their weight."""
     scaled_embeddings: bool = False
@@ -80,7 +82,12 @@ class Family:
     @property
     def head_norms(self) -> bool:
         """Whether queries and keys have norms of their own."""
-        return any("head_dim" in row.axes for row in self.rows)
+        return any(row.kind in NORMS and row.axes != ("hidden",) for row in self.rows)
+
+    @property
+    def norms_all_heads(self) -> bool:
+        """Whether such a norm takes its mean over all heads."""
+        return any(row.kind in NORMS and row.axes[0] in ("q", "kv") for row in self.rows)
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Return whether the head is the embedding."""
@@ -265,8 +272,22 @@ GEMMA3 = replace(
     rows=_model(*_OPTIONAL_BIAS, *_HEAD_NORMS, *_mlp(), *_FOUR_NORMS),
 )
 
+OLMO2 = Family(
+    name="olmo2",
+    model_types=("olmo2",),
+    rows=_model(
+        *_attention(qkv_bias="attention_bias", o_bias="attention_bias"),
+        *_norms("self_attn.q_norm", axis="q"),
+        *_norms("self_attn.k_norm", axis="kv"),
+        *_mlp(),
+        *_norms("post_attention_layernorm", "post_feedforward_layernorm", kind="post_norm"),
+    ),
+    tied=_TIED,
+    norm_eps=1e-5,
+)
+
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, GEMMA2, GEMMA3)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, GEMMA2, GEMMA3, OLMO2)
 }
 
 

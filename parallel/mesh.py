@@ -97,11 +97,16 @@ def check_model(mesh: Mesh, config: Mapping[str, Any], sequence_length: int) -> 
     Raises:
         InputError: an axis has more ranks than there is to cut.
     """
-    sizes = family_of(config).axes(config)
+    family = family_of(config)
+    sizes = family.axes(config)
     heads, kv_heads = sizes["q"] // sizes["head_dim"], sizes["kv"] // sizes["head_dim"]
     layers = config["num_hidden_layers"]
     if mesh.tp > kv_heads:
         raise InputError(f"parallel.tp is {mesh.tp}: the model has {kv_heads} key/value heads; at most {kv_heads} work")
+    if mesh.tp > 1 and family.norms_all_heads:
+        raise InputError(
+            f"parallel.tp is {mesh.tp}: {family.name} norms all heads together, and a rank has some of them"
+        )
     if heads % mesh.sp or (kv_heads % mesh.sp and mesh.sp % kv_heads):
         fits = [size for size in range(1, heads + 1) if not heads % size and not (kv_heads % size and size % kv_heads)]
         raise InputError(

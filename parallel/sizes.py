@@ -117,7 +117,6 @@ def sizes_of(config: Mapping[str, Any], tp: int = 1) -> Sizes:
     counts = {"embedding": 0, "final_norm": 0, "head": 0}
     layer: list[int] = []
     columns = norms = 0
-    head_norms = False
     for tensor in table:
         if tensor.tied_to is not None:
             continue
@@ -130,7 +129,6 @@ def sizes_of(config: Mapping[str, Any], tp: int = 1) -> Sizes:
         columns += tensor.kind == "matrix" and tensor.split == "column"
         if tensor.kind in NORMS:
             norms += tensor.axes == ("hidden",)
-            head_norms = head_norms or tensor.axes == ("head_dim",)
     return Sizes(
         layers=config["num_hidden_layers"],
         hidden=axes["hidden"],
@@ -146,7 +144,7 @@ def sizes_of(config: Mapping[str, Any], tp: int = 1) -> Sizes:
         layer_tensors=tuple(layer),
         columns=columns,
         norms=norms,
-        head_norms=head_norms,
+        head_norms=family.head_norms,
     )
 
 

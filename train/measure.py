@@ -75,7 +75,7 @@ def block_norms(squares: Mapping[str, float], blocks: Mapping[str, str]) -> dict
 
 
 def factors_of(provenance: Mapping[str, Any]) -> dict[str, int] | None:
-    """Return the factors by which a model was grown last, from its provenance; None if that was not by factors alone."""
+    """Return the factors by which a model was grown last, from its provenance; None if it was not, or was padded."""
     recipe = provenance.get("recipe")
     if provenance.get("verb") != "grow" or not isinstance(recipe, Mapping):
         return None

@@ -37,8 +37,6 @@ KEYS = {
 }
 """What may be padded, and its key in a Hugging Face config."""
 Values = dict[Slot, torch.Tensor]
-EPS = 1e-6
-"""What a config without `rms_norm_eps` means to transformers, in all families."""
 ROTARY = ("default", "linear", "llama3")
 """Rotary embeddings whose frequencies depend on the index over head_dim alone."""
 
@@ -65,7 +63,7 @@ def padded_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
         InputError: a size below the model's; heads that key/value heads do not divide, or that leave no room for those
             that attend to one; a head_dim that is no multiple, or whose rotary embedding or norms do not allow it.
     """
-    before, given = _sizes(config), sizes.given()
+    family, before, given = family_of(config), _sizes(config), sizes.given()
     after = {**before, **given}
     for part, size in given.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < before[part]:
@@ -76,11 +74,13 @@ def padded_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     group = before["heads"] // before["kv_heads"]
     if after["heads"] // after["kv_heads"] < group:
         raise InputError(f"{asked}: in the model {group} attend to one, and they have to stay together")
+    if family.norms_all_heads and any(after[part] != before[part] for part in ("heads", "kv_heads")):
+        raise InputError(f"{asked}: {family.name} norms all heads together, new ones with those that are there")
     if after["head_dim"] != before["head_dim"]:
         _check_head_dim(config, before["head_dim"], after["head_dim"])
     found = {**config, **{KEYS[part]: size for part, size in after.items()}}
     if after["hidden"] != before["hidden"]:
-        found["rms_norm_eps"] = config.get("rms_norm_eps", EPS) * before["hidden"] / after["hidden"]
+        found["rms_norm_eps"] = config.get("rms_norm_eps", family.norm_eps) * before["hidden"] / after["hidden"]
     return found
 
 

@@ -122,7 +122,7 @@ def test_every_tensor_is_what_peft_merges(tmp_path, monkeypatch, case, tile):
     check(source, merged_by_peft(tiny_model(**changes), folder))
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3_text", "olmo2"])
 def test_other_families(tmp_path, model_type):
     def model():
         changes = {**tiny_config(), "model_type": model_type, "tie_word_embeddings": False, "pad_token_id": 0}

@@ -14,7 +14,7 @@ from parallel.cluster import Cluster, latency, rate_of, ring
 from parallel.errors import InputError
 from parallel.families import family_of
 from parallel.gpus import GPUS, gpu_of
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, check_model
 from parallel.planner import memory_of
 from parallel.presets import PRESETS, llama_of
 from parallel.sizes import Setup, layer_activations, sizes_of
@@ -141,6 +141,12 @@ def test_zero_cuts_what_its_stage_says():
     assert sum(rest[2].rest.values()) == 2 * count + 12 * share
     held = {"reduce bucket", "whole small weights"}
     assert sum(size for term, size in rest[3].rest.items() if term not in held) == (2 + 4 + 12) * share
+
+
+def test_a_family_that_norms_all_heads_is_not_cut_between_them():
+    check_model(Mesh(sp=2), tiny_config(model_type="olmo2"), 64)
+    with pytest.raises(InputError, match=r"parallel\.tp is 2: olmo2 norms all heads together, and a rank has some of"):
+        check_model(Mesh(tp=2), tiny_config(model_type="olmo2"), 64)
 
 
 def test_tensor_parallelism_cuts_matrices_and_not_the_embedding():

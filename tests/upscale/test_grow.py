@@ -51,6 +51,7 @@ FAMILIES = {
     "mistral": {"model_type": "mistral"},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
+    "olmo2": {"model_type": "olmo2"},
     "gemma2": {"model_type": "gemma2", "final_logit_softcapping": 30.0, "attn_logit_softcapping": 5.0},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 5},
     "granite": {
