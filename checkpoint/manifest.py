@@ -21,6 +21,8 @@ FORMAT = 2
 BLOCK = 16 * 2**20
 UNCOVERED = frozenset({NAME, "README.md"})
 """Files that no manifest covers; a model card gains its results later."""
+DOTTED = frozenset({".metadata"})
+"""Covered although hidden: DCP's index."""
 
 
 def is_complete(folder: Path) -> bool:
@@ -48,7 +50,8 @@ def covered(folder: Path) -> list[Path]:
     """
     found: list[Path] = []
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() or path.name.startswith(".") or path.name in UNCOVERED:
+        hidden = path.name.startswith(".") and path.name not in DOTTED
+        if path.is_symlink() or hidden or path.name in UNCOVERED:
             continue
         if path.is_dir():
             found += [path / NAME] if is_complete(path) else covered(path)

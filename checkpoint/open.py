@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from checkpoint.dcp import is_dcp, open_dcp
+from checkpoint.hyperllama import is_hyperllama, open_hyperllama
+from checkpoint.nanotron import is_nanotron, open_nanotron
 from checkpoint.pipeline import is_pipeline, open_pipeline
 from checkpoint.safetensors import INDEX, SINGLE, open_safetensors
 from checkpoint.source import Source
@@ -16,11 +19,12 @@ from parallel.errors import InputError
 
 
 def is_safetensors(folder: Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    return ((folder / SINGLE).is_file() or (folder / INDEX).is_file()) and not is_hyperllama(folder)
 
 
 FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Source]]] = {
     "safetensors": (is_safetensors, open_safetensors),
+    "hyperllama": (is_hyperllama, open_hyperllama),
     "torch_bin": (is_torch_bin, open_torch_bin),
     "zero0": (is_zero0, open_zero0),
     "zero12": (is_zero12, open_zero12),
@@ -28,6 +32,8 @@ FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Source]]] = {
     "zero3_tp": (is_zero3_tp, open_zero3_tp),
     "pipeline": (is_pipeline, open_pipeline),
     "universal": (is_universal, open_universal),
+    "dcp": (is_dcp, open_dcp),
+    "nanotron": (is_nanotron, open_nanotron),
 }
 
 

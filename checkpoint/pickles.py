@@ -1,8 +1,9 @@
 """Pickles of PyTorch and DeepSpeed, loaded without running anything that they say."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -30,6 +31,77 @@ ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
+_DCP = "torch.distributed.checkpoint"
+RECORDS = {
+    *((f"{_DCP}.metadata", name) for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata")),
+    *((f"{_DCP}.metadata", name) for name in ("TensorProperties", "ChunkStorageMetadata", "MetadataIndex")),
+    (f"{_DCP}.filesystem", "_StorageInfo"),  # where a chunk lies
+    # What is named beside and not used: how the tensors lay in memory, and which save it was, by its path.
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.serialization", "_get_layout"),
+    (f"{_DCP}.metadata", "StorageMeta"),
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+}
+"""What `load_records` takes: each becomes a Record, and nothing of the kind is imported or called."""
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+class Record:
+    """Stands for a class that a pickle names; it keeps an instance's state and does nothing."""
+
+    state: Any = None
+
+    def __init__(self, *args: object) -> None:
+        self.state = args
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _Records(pickle.Unpickler):
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        # Anew for each file: a pickle can set attributes of what it names.
+        self._kinds = {kind: type(kind[1], (Record,), {}) for kind in RECORDS}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if (module, name) not in self._kinds:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return self._kinds[module, name]
+
+
+def load_records(path: Path, kind: str) -> Any:
+    """Load a bare pickle (which torch.load does not read), running nothing: plain data, dtypes and Records.
+
+    Raises:
+        InputError: the file is missing, truncated, or names anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            return _Records(file).load()
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing") from None
+    except Exception as error:  # as in load_pickle
+        raise _damaged(str(path), kind, error) from error
+
+
+def load_part(file: IO[bytes], where: str, kind: str, device: str = "cpu") -> Any:
+    """Load what torch.save wrote into a part of a file, as `load_pickle`; on the device "meta" no data is read.
+
+    Raises:
+        InputError: as `load_pickle`; the line begins with `where`.
+    """
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        raise _damaged(where, kind, error) from error
+
+
 def load_pickle(path: Path, kind: str = "DeepSpeed file") -> Any:
     """Load a `.pt` file without running anything that it says: plain data, tensors and the classes in ALLOWED.
 
@@ -44,5 +116,9 @@ def load_pickle(path: Path, kind: str = "DeepSpeed file") -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
     except Exception as error:  # torch.load raises errors of many kinds for a damaged or hostile file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: damaged, or not a plain {kind} ({reason[:200]})") from error
+        raise _damaged(str(path), kind, error) from error
+
+
+def _damaged(where: str, kind: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(f"{where}: damaged, or not a plain {kind} ({reason[:200]})")

@@ -16,7 +16,9 @@ def targets(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.argument("source", type=click.Path(path_type=Path)),
         click.argument("folder", type=click.Path(path_type=Path), metavar="TARGET"),
-        click.option("--format", default="safetensors", show_default=True, help="safetensors, zero3 or universal."),
+        click.option(
+            "--format", default="safetensors", show_default=True, help="safetensors, zero3, universal, dcp or nanotron."
+        ),
         click.option("--dtype", help="float32, bfloat16 or float16; the source's own by default."),
         click.option(
             "--shard-gb", type=float, default=5.0, show_default=True, help="safetensors: size of a shard (GB)."
@@ -35,7 +37,7 @@ def targets(command: Callable[..., None]) -> Callable[..., None]:
             type=int,
             default=1,
             show_default=True,
-            help="zero3: tensor-parallel ranks (DeepSpeed's autotp_size) that will load it.",
+            help="zero3, nanotron: tensor-parallel ranks (DeepSpeed's autotp_size) that will load it.",
         ),
         click.option(
             "--vocab-parallel",

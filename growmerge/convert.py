@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from checkpoint import manifest
+from checkpoint.dcp_layout import DcpLayout
 from checkpoint.files import disk_errors, read_json
 from checkpoint.finite import Finite, NotFiniteError
 from checkpoint.layout import Layout
+from checkpoint.nanotron_layout import NanotronLayout
 from checkpoint.open import open_checkpoint
 from checkpoint.provenance import descend
 from checkpoint.safetensors import SafetensorsLayout
@@ -51,7 +53,7 @@ class Target:
     ranks: int = 1
     """zero3: data-parallel ranks of the run that will load it."""
     tensor_ranks: int = 1
-    """zero3: tensor-parallel ranks of that run; so many files for each data-parallel rank."""
+    """zero3: tensor-parallel ranks of that run; so many files for each data-parallel rank. nanotron: likewise."""
     vocab_parallel: bool = False
     """zero3 with tensor parallelism: a tied embedding is cut too; see `checkpoint.tensor_parallel`."""
     workers: int | None = None
@@ -95,8 +97,14 @@ LAYOUTS: Mapping[str, Callable[[Source, Target], Layout]] = {
         bf16=_is_bf16(source, target),
     ),
     "universal": lambda source, target: UniversalLayout(bf16=_is_bf16(source, target)),
+    "dcp": lambda source, target: DcpLayout(dtype=DTYPES[target.dtype] if target.dtype else None),
+    "nanotron": lambda source, target: NanotronLayout(
+        tp=target.tensor_ranks, dtype=DTYPES[target.dtype] if target.dtype else None
+    ),
 }
 """The formats that are written."""
+WEIGHTS_ALONE = ("safetensors", "nanotron")
+"""Those that are written without the optimizer's state."""
 
 
 def grow_checkpoint(source: Path, target: Target, recipe: Recipe) -> str:
@@ -108,8 +116,8 @@ def grow_checkpoint(source: Path, target: Target, recipe: Recipe) -> str:
     small = _open(source, target)
     if recipe.state != "reset" and not any("exp_avg" in info.slots for info in small.infos.values()):
         raise InputError(f"{source}: has no optimizer state to grow; leave out --with-optimizer")
-    if recipe.state != "reset" and target.format == "safetensors":
-        raise InputError("safetensors holds no optimizer state; choose --format zero3 or universal")
+    if recipe.state != "reset" and target.format in WEIGHTS_ALONE:
+        raise InputError(f"{target.format} is written without optimizer state; choose --format zero3, universal or dcp")
     return _write(source, grow(small, recipe), target, {"verb": "grow", "recipe": recipe.plain()})
 
 
@@ -120,7 +128,7 @@ def convert_checkpoint(source: Path, target: Target) -> str:
         InputError: as `grow_checkpoint`.
     """
     opened = _open(source, target)
-    kept = WithoutState(opened) if target.format == "safetensors" else opened
+    kept = WithoutState(opened) if target.format in WEIGHTS_ALONE else opened
     return _write(source, kept, target, {"verb": "convert", "recipe": {}})
 
 
@@ -221,8 +229,12 @@ def planned(
     for what, value, allowed in (("format", target.format, LAYOUTS), ("dtype", target.dtype or "float32", DTYPES)):
         if value not in allowed:
             raise InputError(one_of(what, value, allowed))
-    if target.format != "zero3" and (target.tensor_ranks != 1 or target.vocab_parallel):
-        raise InputError(f"--tp and --vocab-parallel are of --format zero3 alone; {target.format} has no ranks")
+    if target.format == "nanotron" and target.vocab_parallel:
+        raise InputError("--vocab-parallel is of --format zero3 alone; nanotron always cuts the vocabulary")
+    if target.format not in ("zero3", "nanotron") and (target.tensor_ranks != 1 or target.vocab_parallel):
+        raise InputError(
+            f"--tp is of --format zero3 and nanotron, --vocab-parallel of zero3 alone; {target.format} has none"
+        )
     folder = target.folder
     if folder.resolve() in [path.resolve() for path in inputs]:
         raise InputError(f"{folder}: is {'the' if len(inputs) == 1 else 'a'} source itself; choose another folder")

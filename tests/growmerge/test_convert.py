@@ -178,8 +178,8 @@ def test_killed_half_way_it_goes_on_with_what_is_missing(model, tmp_path):
             ("convert", "small", "new", "--format", "zero3", "--tp", "3"),
             "model.layers.0.self_attn.q_proj.weight has*",
         ),
-        (("grow", "small", "new", "--tp", "2"), "--tp and --vocab-parallel are of --format zero3 alone; safetensors *"),
-        (("convert", "small", "new", "--format", "universal", "--tp", "2"), "--tp and --vocab-parallel are of *"),
+        (("grow", "small", "new", "--tp", "2"), "--tp is of --format zero3 and nanotron, *; safetensors has none"),
+        (("convert", "small", "new", "--format", "universal", "--tp", "2"), "--tp is of --format zero3 and *"),
         (("verify", "small", "small", "--text", "gone.txt"), "gone.txt: cannot be read as UTF-8 text (*"),
     ],
 )
