@@ -23,6 +23,8 @@ STAGES = """stages:
   again: {grow: {from: wide, width: 1, ffn: 3, method: symmetric, optimizer: scaled}}
   same: {grow: {from: seed, width: 1, optimizer: scaled}}
   fresh: {grow: {from: seed, width: 2, method: symmetric}}
+  deep: {grow: {from: seed, depth: stack, layers: 4}}
+  padded: {grow: {from: seed, to_ffn: 100, depth: identity, layers: 4}}
   noisy: {grow: {from: seed, width: 1, heads: 2, kv_heads: 1, hidden: 2, method: diagonal, noise_db: 20}}
   "{start}-on":
     each: {start: [same, wide, again, fresh]}
@@ -71,6 +73,13 @@ def test_growth_with_the_optimizer_goes_on_as_no_growth_does(tmp_path):
         assert losses[name] == pytest.approx(losses["same-on"], abs=1e-4)
     assert losses["fresh-on"][0] == pytest.approx(losses["same-on"][0], abs=1e-4)
     assert max(abs(a - b) for a, b in zip(losses["fresh-on"], losses["same-on"], strict=True)) > 1e-3
+
+    # Layers that are repeated change the function, and the stage says by how much; padding does not.
+    deep, padded = (read_json(tasks[name].folder / "growth.json") for name in ("deep", "padded"))
+    assert deep["difference"] > 1e-3 > 1e-5 > padded["difference"]
+    for name, ffn in (("deep", 64), ("padded", 100)):
+        config = open_checkpoint(tasks[name].folder / "model").config
+        assert (config["num_hidden_layers"], config["intermediate_size"]) == (4, ffn)
 
     # The stage's own model is what the run starts from; a later run keeps the factors.
     ends = {name: last_checkpoint(tasks[name].folder, len(losses[name])) for name in losses}
