@@ -34,8 +34,8 @@ from parallel.ranks import Ranks
 from train.data.tokenizer import TextTokenizer
 from train.loop import train
 from train.plan import RunPlan
-from upscale.depth import is_exact
 from upscale.grow import grow
+from upscale.layers import is_exact
 from upscale.verify import compare
 
 EXACT = 1e-5

@@ -19,8 +19,8 @@ from growmerge.sample_text import TEXT
 from parallel.errors import InputError
 from parallel.memory import available_memory, give_back_freed
 from train.data.tokenizer import load_tokenizer
-from upscale.depth import is_exact
 from upscale.factors import AxisGrowth, Recipe, axis_growths, grown_config, residual_scale
+from upscale.layers import is_exact
 from upscale.state import rule_of
 from upscale.verify import GradientCheck, Preservation, check_gradients, clone_asymmetry, compare
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 from parallel.errors import InputError, one_of
 from parallel.families import Tensor, family_of
-from upscale.depth import Block, blocks_of, deep_config
-from upscale.pad import Sizes, padded_config
+from upscale.layers import Block, blocks_of, deep_config
+from upscale.sizes import Sizes, padded_config
 
 Method = Literal["exact-split", "symmetric", "diagonal"]
 State = Literal["reset", "scaled", "asymmetric"]
@@ -40,7 +40,7 @@ class Recipe:
     to_ffn: int | None = None
     to_head_dim: int | None = None
     depth: str | None = None
-    """How layers are added: stack, interleave, solar, identity, or a map such as 0-23,8-31 (`upscale.depth`)."""
+    """How layers are added: stack, interleave, solar, identity, or a map such as 0-23,8-31 (`upscale.layers`)."""
     layers: int | None = None
     """Layers of the grown model; not with a map."""
     method: Method = "exact-split"
@@ -143,7 +143,7 @@ def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGro
 
     Raises:
         InputError: a factor that cannot keep the function (see `Recipe`), a shape that transformers refuses, or layers
-            that cannot be made (`upscale.depth.blocks_of`).
+            that cannot be made (`upscale.layers.blocks_of`).
     """
     factors = recipe.factors()
     sizes = family_of(config).axes(config)

@@ -16,7 +16,7 @@ one, which turns by base^(-2mj / (m d)): the same. New rows of k_proj are zero, 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,91 +25,10 @@ import torch
 
 from checkpoint.source import Box, Info, Map, Slot, Source, Wrapped, box_shape, empty_box, row_major_tiles
 from checkpoint.streams import normal_at
-from parallel.errors import InputError
 from parallel.families import NORMS, Family, Tensor, family_of
+from upscale.sizes import Sizes, padded_config, sizes_of
 
-KEYS = {
-    "hidden": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "ffn": "intermediate_size",
-    "head_dim": "head_dim",
-}
-"""What may be padded, and its key in a Hugging Face config."""
 Values = dict[Slot, torch.Tensor]
-ROTARY = ("default", "linear", "llama3")
-"""Rotary embeddings whose frequencies depend on the index over head_dim alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Sizes of the grown model; None for what stays as it is."""
-
-    hidden: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    ffn: int | None = None
-    head_dim: int | None = None
-    """Elements of a head, a whole multiple of what they were."""
-
-    def given(self) -> dict[str, int]:
-        return {part: size for part, size in asdict(self).items() if size is not None}
-
-
-def padded_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """Return the padded model's Hugging Face config.
-
-    Raises:
-        InputError: a size below the model's; heads that key/value heads do not divide, or that leave no room for those
-            that attend to one; a head_dim that is no multiple, or whose rotary embedding or norms do not allow it.
-    """
-    family, before, given = family_of(config), _sizes(config), sizes.given()
-    after = {**before, **given}
-    for part, size in given.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < before[part]:
-            raise InputError(f"size of {part} is {size!r}: allowed are whole numbers from {before[part]} on")
-    asked = f"{after['heads']} heads over {after['kv_heads']} key/value heads"
-    if after["heads"] % after["kv_heads"]:
-        raise InputError(f"{asked}: not a whole number each")
-    group = before["heads"] // before["kv_heads"]
-    if after["heads"] // after["kv_heads"] < group:
-        raise InputError(f"{asked}: in the model {group} attend to one, and they have to stay together")
-    if family.norms_all_heads and any(after[part] != before[part] for part in ("heads", "kv_heads")):
-        raise InputError(f"{asked}: {family.name} norms all heads together, new ones with those that are there")
-    if after["head_dim"] != before["head_dim"]:
-        _check_head_dim(config, before["head_dim"], after["head_dim"])
-    found = {**config, **{KEYS[part]: size for part, size in after.items()}}
-    if after["hidden"] != before["hidden"]:
-        found["rms_norm_eps"] = config.get("rms_norm_eps", family.norm_eps) * before["hidden"] / after["hidden"]
-    return found
-
-
-def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    axes = family_of(config).axes(config)
-    heads, kv_heads = axes["q"] // axes["head_dim"], axes["kv"] // axes["head_dim"]
-    return {"heads": heads, "kv_heads": kv_heads} | {part: axes[part] for part in ("hidden", "ffn", "head_dim")}
-
-
-def _check_head_dim(config: Mapping[str, Any], before: int, after: int) -> None:
-    family = family_of(config)
-    if after % before:
-        raise InputError(
-            f"head_dim {after}: allowed are multiples of {before}, so that rotary embeddings turn as they did"
-        )
-    if family.head_norms:
-        raise InputError(f"head_dim of {family.name}: its norms of heads would mix what is new with what is there")
-    kind = rotary_of(config)
-    if kind not in ROTARY:
-        raise InputError(
-            f"head_dim with rotary embeddings of type {kind!r}: allowed are {', '.join(ROTARY)}, "
-            "whose frequencies depend on the index over head_dim alone"
-        )
-
-
-def rotary_of(config: Mapping[str, Any]) -> str:
-    """Return the type of a model's rotary embedding."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(given.get("rope_type") or given.get("type") or "default")
 
 
 def pad(source: Source, sizes: Sizes, seed: int = 0) -> Source:
@@ -122,7 +41,7 @@ def pad(source: Source, sizes: Sizes, seed: int = 0) -> Source:
         InputError: see `padded_config`.
     """
     config = padded_config(source.config, sizes)
-    return source if _sizes(config) == _sizes(source.config) else PaddedSource(source, config, seed)
+    return source if sizes_of(config) == sizes_of(source.config) else PaddedSource(source, config, seed)
 
 
 @dataclass(frozen=True)
@@ -158,7 +77,7 @@ class PaddedSource(Wrapped):
     @cached_property
     def _old(self) -> Mapping[str, np.ndarray]:
         """For each axis, which old index stands at each new one; -1 where none does."""
-        before, after = _sizes(self.source.config), _sizes(self.padded)
+        before, after = sizes_of(self.source.config), sizes_of(self.padded)
         small, large = self.family.axes(self.source.config), self.family.axes(self.padded)
         found = {axis: _padded(np.arange(small[axis]), size) for axis, size in large.items()}
         turns = self._within_heads(before["head_dim"], after["head_dim"])

@@ -16,7 +16,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGE = {"num_attention_heads": 24, "num_key_value_heads": 6, "hidden_size": 96, "intermediate_size": 131}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "olmo2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_as_deepspeed_by_its_plan_for_the_stock_model(family, tied):
     from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType
@@ -54,6 +54,13 @@ def test_as_deepspeed_by_its_plan_for_the_stock_model(family, tied):
             assert (dim, ends) == (0, [sum(rows[:rank]) for rank in range(ranks + 1)])
         else:
             assert cuts_of(source, ranks, vocab_parallel=True) == cuts
+
+
+def test_what_deepspeed_does_not_cut_is_refused():
+    source = Trained(config=tiny_config(model_type="olmo2"))
+    with pytest.raises(InputError, match="olmo2 norms all heads together: DeepSpeed cannot cut it over 2 tensor ranks"):
+        cuts_of(source, 2)
+    cuts_of(source, 1)
 
 
 def test_a_piece_is_a_source_of_its_boxes():

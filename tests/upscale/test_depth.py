@@ -11,9 +11,9 @@ from test_grow import FAMILIES, IDS
 from checkpoint.memory import MemorySource
 from checkpoint.source import Group, Info, full_box, read_tensor
 from parallel.errors import InputError
-from upscale.depth import blocks_of, is_exact
 from upscale.factors import Recipe
 from upscale.grow import grow
+from upscale.layers import blocks_of, is_exact
 from upscale.verify import compare
 from upscale.vocabulary import rows_of, with_vocabulary
 

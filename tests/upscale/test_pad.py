@@ -13,7 +13,8 @@ from checkpoint.source import Group, full_box, read_tensor
 from parallel.errors import InputError
 from upscale.factors import Recipe
 from upscale.grow import grow
-from upscale.pad import Sizes, pad
+from upscale.pad import pad
+from upscale.sizes import Sizes
 from upscale.verify import compare
 from upscale.vocabulary import rows_of, with_vocabulary
 
