@@ -35,12 +35,12 @@ def cuts_of(source: Source, ranks: int, *, vocab_parallel: bool = False) -> dict
     """Return how AutoTP cuts each tensor that it cuts.
 
     Raises:
-        InputError: the family norms all heads together, or a rank would get nothing of a tensor. DeepSpeed cuts such a
+        InputError: the family cannot be cut, or a rank would get nothing of a tensor. DeepSpeed cuts such a
             model too, but its ZeRO-3 cannot run the empty piece: it fails in the first forward pass (0.19.8).
     """
     family, config = source.family, source.config
-    if ranks > 1 and family.norms_all_heads:
-        raise InputError(f"{family.name} norms all heads together: DeepSpeed cannot cut it over {ranks} tensor ranks")
+    if ranks > 1 and family.uncut:
+        raise InputError(f"{ranks} tensor-parallel ranks: {family.name} {family.uncut}")
     sizes = family.axes(config)
     kv_heads = sizes["kv"] // sizes["head_dim"]
     cuts = {}

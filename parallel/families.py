@@ -3,7 +3,8 @@
 One table a family drives the files (names and shapes), growth (which axis grows by which factor) and tensor
 parallelism (which dim is cut). A family is data: `docs/adding-a-family.md` says how to write one.
 
-Axes: vocab (V), hidden (D), q (H * head_dim), kv (K * head_dim), ffn (F), head_dim.
+Axes: vocab (V), hidden (D), q (H * head_dim), kv (K * head_dim), ffn (F), head_dim; and of what a family keeps in one
+matrix those joined, such as q+kv+kv.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from parallel.errors import InputError, one_of
 Kind = Literal["embedding", "matrix", "norm", "post_norm", "final_norm", "head", "bias"]
 """A post_norm acts on what a sublayer adds to the residual stream, a norm on what it reads."""
 NORMS: tuple[Kind, ...] = ("norm", "post_norm", "final_norm")
+JOINED = "+"
+"""In the name of an axis that is several."""
 Split = Literal["column", "row", "vocab", "none"]
 
 
@@ -85,6 +88,13 @@ class Family:
         return any(row.kind in NORMS and row.axes != ("hidden",) for row in self.rows)
 
     @property
+    def uncut(self) -> str | None:
+        """Why the model cannot be cut over tensor-parallel ranks; None if it can."""
+        if self.norms_all_heads:
+            return "norms all heads together, and a rank has some of them"
+        return "has queries, keys and values in one matrix, whose rows are cut in order" if self.joined else None
+
+    @property
     def norms_all_heads(self) -> bool:
         """Whether such a norm takes its mean over all heads."""
         return any(row.kind in NORMS and row.axes[0] in ("q", "kv") for row in self.rows)
@@ -97,7 +107,7 @@ class Family:
         """Return the size of each axis (elements) for a Hugging Face config."""
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or self.head_dim or config["hidden_size"] // heads
-        return {
+        sizes = {
             "vocab": config["vocab_size"],
             "hidden": config["hidden_size"],
             "q": heads * head_dim,
@@ -105,6 +115,12 @@ class Family:
             "ffn": config["intermediate_size"],
             "head_dim": head_dim,
         }
+        return sizes | {axis: sum(sizes[part] for part in axis.split(JOINED)) for axis in self.joined}
+
+    @cached_property
+    def joined(self) -> tuple[str, ...]:
+        """Axes that are several, one behind the other."""
+        return tuple(dict.fromkeys(axis for row in self.rows for axis in row.axes if JOINED in axis))
 
     def tensors(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return every tensor of the model by on-disk name, in the order of the running model; aliases are listed."""
@@ -286,8 +302,22 @@ OLMO2 = Family(
     norm_eps=1e-5,
 )
 
+PHI3 = Family(
+    name="phi3",
+    model_types=("phi3",),
+    rows=_model(
+        *_linear("self_attn.qkv_proj", ("q+kv+kv", "hidden"), "column"),
+        *_linear("self_attn.o_proj", ("hidden", "q"), "row"),
+        *_linear("mlp.gate_up_proj", ("ffn+ffn", "hidden"), "column"),
+        *_linear("mlp.down_proj", ("hidden", "ffn"), "row"),
+        *_TWO_NORMS,
+    ),
+    tied=_TIED,
+    norm_eps=1e-5,
+)
+
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, GEMMA2, GEMMA3, OLMO2)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, GEMMA2, GEMMA3, OLMO2, PHI3)
 }
 
 

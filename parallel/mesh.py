@@ -103,10 +103,8 @@ def check_model(mesh: Mesh, config: Mapping[str, Any], sequence_length: int) -> 
     layers = config["num_hidden_layers"]
     if mesh.tp > kv_heads:
         raise InputError(f"parallel.tp is {mesh.tp}: the model has {kv_heads} key/value heads; at most {kv_heads} work")
-    if mesh.tp > 1 and family.norms_all_heads:
-        raise InputError(
-            f"parallel.tp is {mesh.tp}: {family.name} norms all heads together, and a rank has some of them"
-        )
+    if mesh.tp > 1 and family.uncut:
+        raise InputError(f"parallel.tp is {mesh.tp}: {family.name} {family.uncut}")
     if heads % mesh.sp or (kv_heads % mesh.sp and mesh.sp % kv_heads):
         fits = [size for size in range(1, heads + 1) if not heads % size and not (kv_heads % size and size % kv_heads)]
         raise InputError(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from parallel.errors import InputError, one_of
-from parallel.families import Tensor, family_of
+from parallel.families import JOINED, Tensor, family_of
 from upscale.layers import Block, blocks_of, deep_config
 from upscale.sizes import Sizes, padded_config
 
@@ -138,6 +138,43 @@ class AxisGrowth:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class JoinedGrowth(AxisGrowth):
+    """What becomes of several axes, one behind the other: each is copied by itself, all equally often."""
+
+    parts: tuple[AxisGrowth, ...]
+
+    def runs(self, part: slice) -> Iterator[Run]:
+        small = large = 0
+        for one in self.parts:
+            grown = one.size * one.copies
+            start, stop = max(part.start, large), min(part.stop, large + grown)
+            for run in one.runs(slice(start - large, stop - large)) if start < stop else ():
+                shift = start - part.start
+                yield Run(
+                    copy=run.copy,
+                    source=(run.source[0] + small, run.source[1] + small),
+                    target=slice(run.target.start + shift, run.target.stop + shift),
+                )
+            small, large = small + one.size, large + grown
+
+
+def joined(axis: str, found: Mapping[str, AxisGrowth]) -> JoinedGrowth:
+    """Return what becomes of an axis that is several.
+
+    Raises:
+        InputError: they are copied differently often, so that no rule holds for the optimizer's state of the matrix.
+    """
+    parts = tuple(found[part] for part in axis.split(JOINED))
+    if len({part.copies for part in parts}) > 1:
+        raise InputError(
+            f"{axis.replace(JOINED, ', ')} are one matrix in this family and grow alike: give heads and kv_heads the "
+            "same factor"
+        )
+    size = sum(part.size for part in parts)
+    return JoinedGrowth(size=size, copies=parts[0].copies, run=size, parts=parts)
+
+
 def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGrowth]:
     """Return what becomes of each axis of a family's table.
 
@@ -159,6 +196,7 @@ def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGro
         # Head i attends to key/value head i // group: a group's copies have to follow it at once.
         group = sizes["q"] // (sizes["kv"] // sizes["head_dim"])
         found["q"] = AxisGrowth(size=sizes["q"], copies=heads, run=group, repeats=heads // kv_heads)
+    found |= {axis: joined(axis, found) for axis in family_of(config).joined}
     grown = grown_config(recipe, config)
     if family_of(config).whole_heads and grown["hidden_size"] % grown["num_attention_heads"]:
         raise InputError(

@@ -25,7 +25,7 @@ import torch
 
 from checkpoint.source import Box, Info, Map, Slot, Source, Wrapped, box_shape, empty_box, row_major_tiles
 from checkpoint.streams import normal_at
-from parallel.families import NORMS, Family, Tensor, family_of
+from parallel.families import JOINED, NORMS, Family, Tensor, family_of
 from upscale.sizes import Sizes, padded_config, sizes_of
 
 Values = dict[Slot, torch.Tensor]
@@ -88,6 +88,10 @@ class PaddedSource(Wrapped):
         for axis, heads in (("q", q), ("kv", kv)):
             there = (heads[:, None] >= 0) & (turns[None] >= 0)
             found[axis] = np.where(there, heads[:, None] * before["head_dim"] + turns[None], -1).flatten()
+        for axis in self.family.joined:
+            starts = np.cumsum([0, *(small[part] for part in axis.split(JOINED))])
+            parts = zip(axis.split(JOINED), starts[:-1], strict=True)
+            found[axis] = np.concatenate([np.where(found[part] < 0, -1, found[part] + at) for part, at in parts])
         return found
 
     def _within_heads(self, before: int, after: int) -> np.ndarray:

@@ -74,6 +74,8 @@ def _check_head_dim(config: Mapping[str, Any], before: int, after: int) -> None:
         raise InputError(
             f"head_dim {after}: allowed are multiples of {before}, so that rotary embeddings turn as they did"
         )
+    if family.joined:
+        raise InputError(f"head_dim of {family.name}: its queries and keys are in one matrix with its values")
     if family.head_norms:
         raise InputError(f"head_dim of {family.name}: its norms of heads would mix what is new with what is there")
     kind = rotary_of(config)

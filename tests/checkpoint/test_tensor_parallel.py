@@ -16,7 +16,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGE = {"num_attention_heads": 24, "num_key_value_heads": 6, "hidden_size": 96, "intermediate_size": 131}
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "olmo2"])
+@pytest.mark.parametrize("family", [name for name, one in FAMILIES.items() if not one.uncut])
 @pytest.mark.parametrize("tied", [True, False])
 def test_as_deepspeed_by_its_plan_for_the_stock_model(family, tied):
     from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType
@@ -56,9 +56,10 @@ def test_as_deepspeed_by_its_plan_for_the_stock_model(family, tied):
             assert cuts_of(source, ranks, vocab_parallel=True) == cuts
 
 
-def test_what_deepspeed_does_not_cut_is_refused():
-    source = Trained(config=tiny_config(model_type="olmo2"))
-    with pytest.raises(InputError, match="olmo2 norms all heads together: DeepSpeed cannot cut it over 2 tensor ranks"):
+@pytest.mark.parametrize(("family", "why"), [("olmo2", "norms all heads together"), ("phi3", "has queries, keys and")])
+def test_what_cannot_be_cut_is_refused(family, why):
+    source = Trained(config=tiny_config(model_type=family))
+    with pytest.raises(InputError, match=f"2 tensor-parallel ranks: {family} {why}"):
         cuts_of(source, 2)
     cuts_of(source, 1)
 
