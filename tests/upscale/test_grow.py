@@ -79,9 +79,7 @@ VARIANTS = {
 def test_every_variant_keeps_every_family(family: str, variant: str, tied: bool) -> None:
     small = random_source(tied, **FAMILIES.get(family, {}))
     if (family, variant) == ("phi3", "queries-alone"):
-        with pytest.raises(
-            InputError, match="q, kv, kv are one matrix in this family and grow alike"
-        ):
+        with pytest.raises(InputError, match="q, kv, kv are one matrix in this family and grow alike"):
             grow(small, VARIANTS[variant])
         return
     found = compare(loaded(small), loaded(grow(small, VARIANTS[variant])), [IDS])
