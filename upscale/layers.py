@@ -26,13 +26,13 @@ class Block:
 
 
 def stack(small: int, layers: int) -> list[Block]:
-    """All layers, over and over: G_stack (arXiv 2405.15319, equation 4)."""
+    """All layers, over and over: G_stack (arXiv 2405.15319)."""
     _whole_multiple("stack", small, layers)
     return [Block(source=layer % small) for layer in range(layers)]
 
 
 def interleave(small: int, layers: int) -> list[Block]:
-    """Each layer several times in a row (arXiv 2011.13635)."""
+    """Each layer several times in a row."""
     _whole_multiple("interleave", small, layers)
     return [Block(source=layer * small // layers) for layer in range(layers)]
 
