@@ -1,6 +1,6 @@
 """The files of a torch.distributed.checkpoint (DCP) folder: which tensors and values lie where, and reading boxes.
 
-Layout (torch 2.0 to 2.13): `.metadata` is a pickle that names every entry of the saved state dict, the keys on the way
+Layout (torch 2.13): `.metadata` is a pickle that names every entry of the saved state dict, the keys on the way
 to it joined by dots. A tensor has a shape, a dtype and chunks (offsets and sizes in it); everything else is a value.
 For each chunk and value it names a file, `__{rank}_{number}.distcp`, an offset and a length: there lies what torch.save
 made of it, a zip archive of its own, whose record `data/0` is the chunk's storage.

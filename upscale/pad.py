@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint.source import Box, Info, Map, Slot, Source, Wrapped, box_shape, empty_box, row_major_tiles
+from checkpoint.source import SLOTS, Box, Info, Map, Slot, Source, Wrapped, box_shape, empty_box, row_major_tiles
 from checkpoint.streams import normal_at
 from parallel.families import JOINED, NORMS, Family, Tensor, family_of
 from upscale.sizes import Sizes, padded_config, sizes_of
@@ -134,7 +134,8 @@ class PaddedSource(Wrapped):
             return
         tensor, scale = self._tensors[name], self._scales[name]
         old = [self._old[axis][part] for axis, part in zip(tensor.axes, box, strict=True)]
-        new = self._new(name, box, stats.size) if any((of < 0).any() for of in old) else torch.zeros(box_shape(box))
+        fresh = any((of < 0).any() for of in old) and not out.keys().isdisjoint(SLOTS[:2])
+        new = self._new(name, box, stats.size) if fresh else torch.zeros(box_shape(box))
         places = [np.flatnonzero(of >= 0) for of in old]
         within = [of[place] for of, place in zip(old, places, strict=True)]
         small: Values = {}
