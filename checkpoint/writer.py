@@ -8,6 +8,7 @@ number.
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -155,11 +156,12 @@ class _Job:
         if blocks == 0:
             path.unlink(missing_ok=True)
             fragments = plan.create(path)
-        else:  # where data goes is known to who creates such a file
-            beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            beside.unlink(missing_ok=True)
+        else:  # where data goes is known to who creates such a file, of the same name: torch writes it into the file
+            beside = path.parent / f".{os.getpid()}.tmp" / path.name
+            shutil.rmtree(beside.parent, ignore_errors=True)
+            beside.parent.mkdir()
             fragments = plan.create(beside)
-            beside.unlink()
+            shutil.rmtree(beside.parent)
         self._part_of, self.part = plan.name, self.part[:blocks]
         return fragments
 

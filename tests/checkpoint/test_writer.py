@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -79,6 +80,30 @@ def test_an_interrupted_file_goes_on_behind_its_last_block(tmp_path, monkeypatch
     rows = 2**24 // (32 * 4)  # of a block
     assert rows - 9000 < min(again.boxes) <= rows
     manifest.check(tmp_path / "cut")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(SafetensorsLayout):
+    """Notes under which names files are created: torch writes them into its own, whose data then begins elsewhere."""
+
+    names: list = field(default_factory=list, repr=False)
+
+    def files(self, source):
+        def create(path, plan):
+            self.names.append(path.name)
+            return plan.create(path)
+
+        return [replace(plan, create=partial(create, plan=plan)) for plan in super().files(source)]
+
+
+def test_a_file_that_is_gone_on_with_is_looked_at_under_its_own_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "EVERY_S", 0)
+    layout = Named()
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(Watched(source(), until=25), tmp_path / "cut", layout, about={"name": "x"})
+    write_checkpoint(source(), tmp_path / "cut", layout, about={"name": "x"})
+    assert layout.names == ["model.safetensors"] * 2
+    assert not [path for path in (tmp_path / "cut").iterdir() if path.name.endswith(".tmp")]
 
 
 def test_the_slowest_of_several_decides_where_they_go_on(tmp_path, monkeypatch):
