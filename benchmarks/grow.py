@@ -2,10 +2,12 @@
 
 python benchmarks/grow.py            # 0.5 billion parameters out: seconds
 python benchmarks/grow.py --memory   # 1.7 -> 6.8 billion inside 1.5 GiB, page cache counted (root, 17 GB of disk)
+python benchmarks/grow.py --source nanotron [--model 1.7B]   # 2 tensor-parallel ranks in, ZeRO-3 for 3 ranks out
 """
 
 import argparse
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -14,18 +16,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint.memory import ScratchSource
+from checkpoint.nanotron_layout import NanotronLayout
 from checkpoint.open import open_checkpoint
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import Box, box_shape
@@ -54,11 +58,12 @@ def config(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> dic
 
 
 MODELS = {
+    "17M": config(256, 4, 4, 2, 1024),
     "135M": config(576, 30, 9, 3, 1536),
     "0.5B": config(1152, 20, 18, 18, 4608),
     "1.7B": config(2048, 24, 32, 32, 8192),
 }
-"""SmolLM2-135M and -1.7B, and one between them."""
+"""SmolLM2-135M and -1.7B, one between them, and one to see that all works."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +87,9 @@ def make(name: str, folder: Path) -> Path:
     return folder
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path, files: str = "*.safetensors") -> None:
     target.mkdir()
-    for path in source.glob("*.safetensors"):
+    for path in source.glob(files):
         subprocess.run(["cp", str(path), str(target / path.name)], check=True)
         with (target / path.name).open("rb") as file:
             os.fsync(file.fileno())
@@ -256,16 +261,63 @@ def memory(folder: Path) -> None:
     Console(width=110).print(table)
 
 
+def anonymous(process: int) -> float:
+    """Return the anonymous memory (MiB) of a process and those that it has started, what they share counted once."""
+    pages = 0
+    with suppress(psutil.NoSuchProcess, OSError):  # they come and go
+        for one in (psutil.Process(process), *psutil.Process(process).children(recursive=True)):
+            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
+            pages += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon"))
+    return pages / 1024
+
+
+def from_nanotron(folder: Path, name: str) -> None:
+    """Grow a nanotron checkpoint of 2 tensor-parallel ranks into a ZeRO-3 run of 3 ranks, by the command line."""
+    small, target = folder / "nanotron", folder / "out"
+    source = Quick(config=MODELS[name], seed=0, dtype=torch.bfloat16)
+    write_checkpoint(source, small, NanotronLayout(tp=2), workers=os.cpu_count() or 1)
+    command = [sys.executable, "-m", "growmerge.cli", "grow", str(small), str(target)]
+    command += ["--width", "2", "--format", "zero3", "--dp", "3"]
+    table = Table(
+        title=f"{name}, bfloat16, nanotron tp 2 -> twice as wide, ZeRO-3 for 3 ranks; caches warm, imports counted"
+    )
+    for column in ("GB in", "GB out", "seconds", "cp s", "share of cp's speed", "anonymous memory at most, MiB"):
+        table.add_column(column, justify="right")
+    for _ in range(ROUNDS):
+        with limited() if os.geteuid() == 0 else nullcontext() as group:
+            joined = f"echo $$ > {group}/cgroup.procs; " if group else ""
+            began, most = time.perf_counter(), 0.0
+            process = subprocess.Popen(["sh", "-c", joined + shlex.join(command)])
+            while process.poll() is None:
+                most = max(most, anonymous(process.pid))
+                time.sleep(0.05)
+            took = time.perf_counter() - began
+        if process.returncode:
+            sys.exit(f"{name}: ended with {process.returncode}")
+        other = folder / "cp"
+        copied = seconds(partial(copy, target, other, "*.pt"))
+        sizes = [sum(path.stat().st_size for path in at.rglob("*") if path.is_file()) / 1e9 for at in (small, target)]
+        found = (f"{took:.1f}", f"{copied:.1f}", f"{copied / took:.0%}", f"{most:.0f}")
+        table.add_row(*(f"{size:.2f}" for size in sizes), *found)
+        shutil.rmtree(target)
+        shutil.rmtree(other)
+    Console(width=120).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", action="store_true", help="the memory part instead")
+    parser.add_argument("--source", choices=["nanotron"], help="what is grown into ZeRO-3, instead")
+    parser.add_argument("--model", choices=MODELS, default="0.5B", help="with --source; of an even number of heads")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         child(*map(Path, given.child))
         return
     with tempfile.TemporaryDirectory(dir=".") as name:
-        if given.memory:
+        if given.source:
+            from_nanotron(Path(name), given.model)
+        elif given.memory:
             memory(Path(name))
         else:
             speed(Path(name))

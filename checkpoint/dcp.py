@@ -21,6 +21,7 @@ from checkpoint.safetensors import CODES
 from checkpoint.shard import STATE_SLOTS
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
 from checkpoint.torch_bin import COMPUTED
+from checkpoint.torch_dist_files import is_torch_dist
 from checkpoint.zero_files import FROZEN, config_of
 from parallel.errors import InputError
 from parallel.families import Family, family_of
@@ -68,7 +69,7 @@ class DcpSource:
 
 
 def is_dcp(folder: Path) -> bool:
-    return (folder / METADATA).is_file() or any(folder.glob("__*_*.distcp"))
+    return ((folder / METADATA).is_file() or any(folder.glob("__*_*.distcp"))) and not is_torch_dist(folder)
 
 
 def open_dcp(folder: Path) -> DcpSource:

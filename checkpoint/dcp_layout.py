@@ -109,15 +109,31 @@ class DcpLayout:
             # Tied tensors are two entries of a state dict.
             alike = [name, *(alias for alias, other in source.infos.items() if other.tied_to == name)]
             dtype = self.dtype or info.slots[slot]
-            yield from self._chunks(source, name, slot, dtype, tuple(("model", alias) for alias in alike))
+            yield from self._chunks(source, name, slot, dtype, self.weight_keys(alike))
             for slot in moments if info.trainable else ():
                 if slot in info.slots:
-                    key = ("optim", "state", name, slot)
-                    yield from self._chunks(source, name, slot, info.slots[slot], (key,))
-        yield from _optimizer(source)
+                    keys = (self.state_key(name, slot),)
+                    yield from self._chunks(source, name, slot, info.slots[slot], keys)
+        yield from self._optimizer(source)
+        yield from self.run_items(source)
+
+    def weight_keys(self, names: Sequence[str]) -> tuple[Key, ...]:
+        """Return the keys of a weight that has these names in the model."""
+        return tuple(("model", name) for name in names)
+
+    def state_key(self, name: str, what: str) -> Key:
+        """Return the key of a parameter's exp_avg, exp_avg_sq or step."""
+        return "optim", "state", name, what
+
+    def group_keys(self, number: int, names: Sequence[str], field: str) -> tuple[Key, ...]:
+        """Return the keys of a field of a parameter group, given its parameters' names."""
+        return (("optim", "param_groups", number, field),)
+
+    def run_items(self, source: Source) -> Iterator[Item]:
+        """Yield how far the run is."""
         run = source.run
         ours = {"step": run.step, "tokens": run.tokens, "samples": run.samples, "seed": run.seed}
-        yield Item(keys=((OURS,),), head=_saved(ours))
+        yield Item(keys=((OURS,),), head=saved(ours))
 
     def _chunks(
         self, source: Source, name: str, slot: Slot, dtype: torch.dtype, keys: tuple[Key, ...]
@@ -141,26 +157,27 @@ class DcpLayout:
                 slot=slot,
             )
 
+    def _optimizer(self, source: Source) -> Iterator[Item]:
+        """Yield the step of each group, one for all of its tensors, and the groups as torch's AdamW has them."""
+        moved = any("exp_avg" in info.slots for info in source.infos.values())
+        if not moved and all(group == Group() for group in source.groups.values()):
+            return
+        topology = topology_of(source, 1, sys.maxsize)  # the groups, each with its tensors
+        fresh = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+        for number, group in enumerate(param_groups(source, topology)):
+            names = [name for part in group["params"] for name, _ in topology.sub_groups[part].tensors]
+            moved_names = [name for name in names if "exp_avg" in source.infos[name].slots]
+            if moved_names:
+                step = torch.tensor(float(source.groups.get(group["name"], Group()).step))
+                keys = tuple(self.state_key(name, "step") for name in moved_names)
+                yield Item(keys=keys, head=saved(step), offsets=(), dtype=step.dtype)
+            for field, value in {**fresh, **group, "params": names}.items():
+                if keys := self.group_keys(number, names, field):
+                    yield Item(keys=keys, head=saved(value))
 
-def _optimizer(source: Source) -> Iterator[Item]:
-    """Return the step of each group, one for all of its tensors, and the groups as torch's AdamW has them."""
-    moved = any("exp_avg" in info.slots for info in source.infos.values())
-    if not moved and all(group == Group() for group in source.groups.values()):
-        return
-    topology = topology_of(source, 1, sys.maxsize)  # the groups, each with its tensors
-    fresh = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
-    for number, group in enumerate(param_groups(source, topology)):
-        names = [name for part in group["params"] for name, _ in topology.sub_groups[part].tensors]
-        moved_names = [name for name in names if "exp_avg" in source.infos[name].slots]
-        if moved_names:
-            step = torch.tensor(float(source.groups.get(group["name"], Group()).step))
-            keys: tuple[Key, ...] = tuple(("optim", "state", name, "step") for name in moved_names)
-            yield Item(keys=keys, head=_saved(step), offsets=(), dtype=step.dtype)
-        for field, value in {**fresh, **group, "params": names}.items():
-            yield Item(keys=(("optim", "param_groups", number, field),), head=_saved(value))
 
-
-def _saved(value: Any) -> bytes:
+def saved(value: Any) -> bytes:
+    """Return what torch.save makes of a value."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

@@ -1,5 +1,6 @@
-"""Pickles of PyTorch and DeepSpeed, loaded without running anything that they say."""
+"""Pickles of PyTorch, DeepSpeed and Megatron-LM, loaded without running anything that they say."""
 
+import argparse
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from parallel.errors import InputError
 
 
 class _Stub:
-    """Stands for the few DeepSpeed classes that optimizer files name; it keeps their state and does nothing."""
+    """Stands for the few classes that checkpoints name beside tensors; it keeps nothing and does nothing."""
 
     def __new__(cls, *args: object) -> "_Stub":
         return super().__new__(cls)
@@ -21,14 +22,6 @@ class _Stub:
 
     def __setstate__(self, state: object) -> None:
         pass
-
-
-ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Stub, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_Stub, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Stub, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Stub, "deepspeed.utils.tensor_fragment.fragment_address"),
-]
 
 
 _DCP = "torch.distributed.checkpoint"
@@ -41,6 +34,13 @@ RECORDS = {
     ("torch.serialization", "_get_layout"),
     (f"{_DCP}.metadata", "StorageMeta"),
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+    # What Megatron-Core keeps besides: how its ranks had planned the save, under names of its own or torch's.
+    *((f"{_DCP}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    *((f"{_DCP}.planner", "BytesIOWriteData"), (f"{_DCP}.filesystem", "_StoragePrefix")),
+    *(("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")),
+    # Of torch until 2.2.
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
 }
 """What `load_records` takes: each becomes a Record, and nothing of the kind is imported or called."""
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -56,6 +56,28 @@ class Record:
 
     def __setstate__(self, state: object) -> None:
         self.state = state
+
+
+_MCORE = "megatron.core"
+ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Stub, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Stub, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Stub, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_Stub, "deepspeed.utils.tensor_fragment.fragment_address"),
+    # Megatron-LM: its arguments, what is among them, and numpy's state of random numbers.
+    *((Record, name) for name in ("argparse.Namespace", "types.SimpleNamespace")),
+    *((_Stub, f"{_MCORE}.transformer.enums.{name}") for name in ("AttnBackend", "CudaGraphScope", "LayerType")),
+    *((_Stub, f"{_MCORE}.{name}") for name in ("enums.ModelType", "optimizer.optimizer_config.OptimizerConfig")),
+    *((_Stub, f"{_MCORE}.rerun_state_machine.Rerun{name}") for name in ("Diagnostic", "Mode", "State")),
+    (_Stub, f"{_MCORE}.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout"),
+    *((_Stub, f"signal.{name}") for name in ("Signals", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")),
+    *((_Stub, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((_Stub, f"{module}.BytesIO") for module in ("_io", "io")),  # Transformer Engine's extra state
+    *((_Stub, f"numpy.{name}") for name in ("ndarray", "dtype", "dtypes.UInt32DType")),
+    *((_Stub, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+    *((_Stub, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
+]
+"""What `load_pickle` takes besides plain data and tensors; nothing of the kind is imported or called."""
 
 
 class _Records(pickle.Unpickler):
@@ -117,6 +139,14 @@ def load_pickle(path: Path, kind: str = "DeepSpeed file") -> Any:
         raise InputError(f"{path}: missing") from None
     except Exception as error:  # torch.load raises errors of many kinds for a damaged or hostile file
         raise _damaged(str(path), kind, error) from error
+
+
+def attributes_of(entry: object) -> dict[str, Any] | None:
+    """Return the attributes of an argparse.Namespace that `load_pickle` loaded; None of anything else."""
+    if isinstance(entry, Record):
+        return entry.state if isinstance(entry.state, dict) else None
+    # Where Megatron-LM is imported, torch.load may take its class for ours, which does as little.
+    return vars(entry) if isinstance(entry, argparse.Namespace) else None
 
 
 def _damaged(where: str, kind: str, error: Exception) -> InputError:

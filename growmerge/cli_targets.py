@@ -17,7 +17,11 @@ def targets(command: Callable[..., None]) -> Callable[..., None]:
         click.argument("source", type=click.Path(path_type=Path)),
         click.argument("folder", type=click.Path(path_type=Path), metavar="TARGET"),
         click.option(
-            "--format", default="safetensors", show_default=True, help="safetensors, zero3, universal, dcp or nanotron."
+            "--format",
+            default="safetensors",
+            show_default=True,
+            help="safetensors, zero3, pipeline, universal, dcp, torchtitan, nanotron, megatron, megatron_local or "
+            "torch_dist.",
         ),
         click.option("--dtype", help="float32, bfloat16 or float16; the source's own by default."),
         click.option(
@@ -29,7 +33,7 @@ def targets(command: Callable[..., None]) -> Callable[..., None]:
             type=int,
             default=1,
             show_default=True,
-            help="zero3: data-parallel ranks that will load it.",
+            help="zero3, pipeline: data-parallel ranks that will load it.",
         ),
         click.option(
             "--tp",
@@ -37,12 +41,19 @@ def targets(command: Callable[..., None]) -> Callable[..., None]:
             type=int,
             default=1,
             show_default=True,
-            help="zero3, nanotron: tensor-parallel ranks (DeepSpeed's autotp_size) that will load it.",
+            help="zero3, nanotron, megatron: tensor-parallel ranks (DeepSpeed's autotp_size) that will load it.",
         ),
         click.option(
             "--vocab-parallel",
             is_flag=True,
             help="zero3 with --tp: cut a tied embedding too, as autotp_size alone makes DeepSpeed do.",
+        ),
+        click.option(
+            "--stages",
+            type=int,
+            default=1,
+            show_default=True,
+            help="pipeline, megatron: stages that will load it.",
         ),
         click.option("--workers", type=int, help="Processes; by default as cores and memory allow."),
         click.option("--finite", is_flag=True, help="Refuse a source with a NaN or an infinity."),

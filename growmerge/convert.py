@@ -15,13 +15,18 @@ from checkpoint import manifest
 from checkpoint.dcp_layout import DcpLayout
 from checkpoint.files import disk_errors, read_json
 from checkpoint.finite import Finite, NotFiniteError
+from checkpoint.gguf import is_gguf
 from checkpoint.layout import Layout
+from checkpoint.megatron_layout import MegatronLayout
 from checkpoint.nanotron_layout import NanotronLayout
 from checkpoint.open import open_checkpoint
+from checkpoint.pipeline_layout import PipelineLayout
 from checkpoint.provenance import descend
 from checkpoint.safetensors import SafetensorsLayout
 from checkpoint.source import Source, WithoutState
 from checkpoint.team import MOST, as_many_as_fit
+from checkpoint.titan_layout import TitanLayout
+from checkpoint.torch_dist_layout import TorchDistLayout
 from checkpoint.universal_layout import UniversalLayout
 from checkpoint.writer import PROGRESS, Output, write_checkpoints
 from checkpoint.zero3_layout import Zero3Layout
@@ -51,11 +56,13 @@ class Target:
     """safetensors: a key of DTYPES; the source's own by default. zero3: bfloat16 or float32 is the run's precision."""
     shard_gb: float = 5.0
     ranks: int = 1
-    """zero3: data-parallel ranks of the run that will load it."""
+    """zero3, pipeline: data-parallel ranks of the run that will load it."""
     tensor_ranks: int = 1
-    """zero3: tensor-parallel ranks of that run; so many files for each data-parallel rank. nanotron: likewise."""
+    """zero3: tensor-parallel ranks of that run; so many files for each data-parallel rank. nanotron, megatron: too."""
     vocab_parallel: bool = False
     """zero3 with tensor parallelism: a tied embedding is cut too; see `checkpoint.tensor_parallel`."""
+    stages: int = 1
+    """pipeline, megatron: stages of the run that will load it."""
     workers: int | None = None
     """Processes; by default as many as there are cores and half gigabytes of memory for."""
     finite: bool = False
@@ -88,6 +95,15 @@ def _is_bf16(source: Source, target: Target) -> bool:
     return stored == torch.bfloat16
 
 
+def _megatron(target: Target, implementation: str) -> Layout:
+    return MegatronLayout(
+        tp=target.tensor_ranks,
+        stages=target.stages,
+        dtype=DTYPES[target.dtype] if target.dtype else None,
+        fused_norms=implementation == "transformer_engine",
+    )
+
+
 LAYOUTS: Mapping[str, Callable[[Source, Target], Layout]] = {
     "safetensors": _safetensors,
     "zero3": lambda source, target: Zero3Layout(
@@ -96,15 +112,26 @@ LAYOUTS: Mapping[str, Callable[[Source, Target], Layout]] = {
         vocab_parallel=target.vocab_parallel,
         bf16=_is_bf16(source, target),
     ),
+    "pipeline": lambda source, target: PipelineLayout(
+        stages=target.stages, ranks=target.ranks, bf16=_is_bf16(source, target)
+    ),
     "universal": lambda source, target: UniversalLayout(bf16=_is_bf16(source, target)),
     "dcp": lambda source, target: DcpLayout(dtype=DTYPES[target.dtype] if target.dtype else None),
+    "torchtitan": lambda source, target: TitanLayout(dtype=DTYPES[target.dtype] if target.dtype else None),
     "nanotron": lambda source, target: NanotronLayout(
         tp=target.tensor_ranks, dtype=DTYPES[target.dtype] if target.dtype else None
     ),
+    "megatron": lambda source, target: _megatron(target, "transformer_engine"),
+    "megatron_local": lambda source, target: _megatron(target, "local"),
+    "torch_dist": lambda source, target: TorchDistLayout(dtype=DTYPES[target.dtype] if target.dtype else None),
 }
 """The formats that are written."""
-WEIGHTS_ALONE = ("safetensors", "nanotron")
+WEIGHTS_ALONE = ("safetensors", "nanotron", "megatron", "megatron_local")
 """Those that are written without the optimizer's state."""
+TENSOR_PARALLEL = ("zero3", "nanotron", "megatron", "megatron_local")
+"""Those that are cut over tensor-parallel ranks."""
+PIPELINED = ("pipeline", "megatron", "megatron_local")
+"""Those that are cut into pipeline stages."""
 
 
 def grow_checkpoint(source: Path, target: Target, recipe: Recipe) -> str:
@@ -117,7 +144,8 @@ def grow_checkpoint(source: Path, target: Target, recipe: Recipe) -> str:
     if recipe.state != "reset" and not any("exp_avg" in info.slots for info in small.infos.values()):
         raise InputError(f"{source}: has no optimizer state to grow; leave out --with-optimizer")
     if recipe.state != "reset" and target.format in WEIGHTS_ALONE:
-        raise InputError(f"{target.format} is written without optimizer state; choose --format zero3, universal or dcp")
+        others = ", ".join(name for name in LAYOUTS if name not in WEIGHTS_ALONE)
+        raise InputError(f"{target.format} is written without optimizer state; choose --format {others}")
     return _write(source, grow(small, recipe), target, {"verb": "grow", "recipe": recipe.plain()})
 
 
@@ -139,7 +167,7 @@ def _open(path: Path, target: Target) -> Source:
 
 def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) -> str:
     record = record_of(path)
-    return write_target(
+    said = write_target(
         source,
         target,
         made=made,
@@ -147,6 +175,7 @@ def _write(path: Path, source: Source, target: Target, made: Mapping[str, Any]) 
         inputs=[path],
         files={name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()},
     )
+    return f"{said}; its tokenizer has to be brought, a GGUF file's is not read" if is_gguf(path) else said
 
 
 def write_target(
@@ -229,12 +258,15 @@ def planned(
     for what, value, allowed in (("format", target.format, LAYOUTS), ("dtype", target.dtype or "float32", DTYPES)):
         if value not in allowed:
             raise InputError(one_of(what, value, allowed))
-    if target.format == "nanotron" and target.vocab_parallel:
-        raise InputError("--vocab-parallel is of --format zero3 alone; nanotron always cuts the vocabulary")
-    if target.format not in ("zero3", "nanotron") and (target.tensor_ranks != 1 or target.vocab_parallel):
+    if target.format in TENSOR_PARALLEL[1:] and target.vocab_parallel:
+        raise InputError(f"--vocab-parallel is of --format zero3 alone; {target.format} always cuts the vocabulary")
+    if target.format not in TENSOR_PARALLEL and (target.tensor_ranks != 1 or target.vocab_parallel):
         raise InputError(
-            f"--tp is of --format zero3 and nanotron, --vocab-parallel of zero3 alone; {target.format} has none"
+            "--tp is of --format zero3 and nanotron, megatron and megatron_local, "
+            f"--vocab-parallel of zero3 alone; {target.format} has none"
         )
+    if target.format not in PIPELINED and target.stages != 1:
+        raise InputError(f"--stages is of --format {', '.join(PIPELINED)}; {target.format} has none")
     folder = target.folder
     if folder.resolve() in [path.resolve() for path in inputs]:
         raise InputError(f"{folder}: is {'the' if len(inputs) == 1 else 'a'} source itself; choose another folder")
@@ -265,10 +297,11 @@ def planned(
 
 
 def fingerprint(folder: Path) -> str:
-    """Return what tells a source folder from another: its manifest's digest, or its files' names, sizes and times."""
+    """Return what tells a source from another: its manifest's digest, or its files' names, sizes and times."""
     if manifest.is_complete(folder):
         return manifest.digest(manifest.read_manifest(folder))
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    paths = [folder] if folder.is_file() else sorted(folder.iterdir())
+    stats = [(path.name, path.stat()) for path in paths]
     text = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()
 

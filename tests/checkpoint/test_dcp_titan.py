@@ -10,15 +10,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from tiny import tiny_config, tiny_model
+from trained import Trained
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from checkpoint.open import open_checkpoint
 from checkpoint.source import Group, read_tensor
+from checkpoint.titan_layout import TitanLayout, TitanView
+from checkpoint.writer import write_checkpoint
 from parallel.errors import InputError
 
 CONFIG = tiny_config(tie_word_embeddings=False)
 HEADS, KV_HEADS, HEAD, HIDDEN, FFN, VOCAB = 4, 2, 8, 32, 48, 131
 THETA = 10_000.0
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def titan_state(form="separate"):
@@ -172,3 +176,76 @@ def test_what_torchtitans_llama_has_not_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen3"}))
     with pytest.raises(InputError, match=r"holds no qwen3 model as config\.json says under names that are known"):
         open_checkpoint(folder)
+
+
+def written(folder, source, **layout):
+    write_checkpoint(source, folder, TitanLayout(**layout))
+    return folder
+
+
+def test_what_we_write_computes_the_same_in_torchtitan(tmp_path):
+    """Loaded by torch under torchtitan's names, computed as torchtitan does."""
+    folder = written(tmp_path / "written", Trained(config=CONFIG), chunk_size=999)
+    state = {name: torch.empty_like(value) for name, value in titan_state().items()}
+    optimizer = {f"state.{name}.{slot}": torch.empty_like(state[name]) for name in state for slot in MOMENTS}
+    optimizer |= {f"state.{name}.step": torch.tensor(0.0) for name in state}
+    optimizer |= {f"param_groups.{name}.lr": 0.0 for name in state}
+    progress = {"step": torch.tensor(0, dtype=torch.int32), "ntokens_seen": torch.tensor(0)}
+    loaded = {**state, "optimizer": optimizer, "train_state": progress}
+    dcp.load(loaded, checkpoint_id=folder, no_dist=True)
+    state = {name: loaded[name] for name in state}
+    assert (int(loaded["train_state"]["step"]), int(loaded["train_state"]["ntokens_seen"])) == (5, 70)
+    optimizer = loaded["optimizer"]
+    for name in state:  # as growth asks: the factor of its group is in it
+        assert optimizer[f"param_groups.{name}.lr"] == (1e-3 if "norm" in name else 5e-4)
+    assert {float(optimizer[f"state.{name}.step"]) for name in state} == {5.0}
+
+    model = tiny_model(tie_word_embeddings=False)
+    source = Trained(config=CONFIG)
+    model.load_state_dict({name: read_tensor(source, name, "master") for name in source.infos}, strict=True)
+    ids = torch.arange(5, 37)
+    with torch.no_grad():
+        expected = model(input_ids=ids[None]).logits[0].double()
+    found = titan_logits({name: value.double() for name, value in state.items()}, ids)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3 * expected.abs().max())
+    # Moments stand as their weights do: a query's row of torchtitan has the moment of the row that it came from.
+    rows = read_tensor(source, "model.layers.1.self_attn.q_proj.weight", "master")
+    moments = read_tensor(source, "model.layers.1.self_attn.q_proj.weight", "exp_avg")
+    there = state["layers.1.attention.wq.weight"]
+    order = [int((rows == row).all(1).nonzero()[0, 0]) for row in there]
+    assert order[:4] == [0, HEAD // 2, 1, HEAD // 2 + 1]
+    assert torch.equal(optimizer["state.layers.1.attention.wq.weight.exp_avg"], moments[order])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_we_write_is_read_back(tmp_path, tied):
+    source = Trained(config=tiny_config(tie_word_embeddings=tied))
+    found = open_checkpoint(written(tmp_path / "written", source))
+    assert (found.groups, found.run) == (source.groups, source.run)
+    for name, info in source.infos.items():
+        assert (found.infos[name].group, found.infos[name].tied_to) == (info.group, info.tied_to)
+        for slot in ("master", *MOMENTS) if info.tied_to is None else ():
+            assert torch.equal(read_tensor(found, name, slot), read_tensor(source, name, slot)), name
+
+
+def test_boxes_of_turned_rows_are_those_of_the_whole():
+    view = TitanView(Trained(config=CONFIG))
+    name = "layers.0.attention.wk.weight"
+    whole = read_tensor(view, name)
+    for start, stop in ((0, 16), (3, 4), (3, 5), (1, 15), (6, 11), (8, 9)):
+        part = torch.empty(stop - start, 5)
+        view.read(name, (slice(start, stop), slice(2, 7)), {"weight": part})
+        assert torch.equal(part, whole[start:stop, 2:7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model_type": "qwen3"}, "torchtitan's Llama 3 is of the llama family; this is a model of qwen3"),
+        ({"head_dim": 16}, "4 heads of 16 do not make up hidden size 32"),
+        ({"attention_bias": True}, "q_proj.bias: torchtitan's Llama 3 has no such tensor"),
+    ],
+)
+def test_what_torchtitan_cannot_hold_is_not_written(tmp_path, changes, line):
+    with pytest.raises(InputError, match=line):
+        written(tmp_path / "written", Trained(config={**CONFIG, **changes}))
