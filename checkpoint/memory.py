@@ -67,7 +67,8 @@ class ScratchSource:
     """A model from scratch: normal weights, norms that multiply by 1, the same whatever box is read by whom.
 
     Matrices and embeddings have standard deviation 1/sqrt(hidden); o_proj and down_proj, which write into the
-    residual stream, are divided by sqrt(2 * layers) (GPT-2, section 2.3; the paper's nanotron does the same).
+    residual stream, are divided by sqrt(2 * layers) (GPT-2, section 2.3; the paper's nanotron does the same). Experts
+    that one tensor holds have the rows of their matrices one below the other.
     """
 
     config: Mapping[str, Any]
@@ -98,22 +99,26 @@ class ScratchSource:
         for target in out.values():
             if tensor.kind in NORMS:
                 target.fill_(1.0 - self.family.norm_offset)
-            elif tensor.kind == "bias":
+            elif tensor.kind in ("bias", "norm_bias"):
                 target.zero_()
             else:
                 std = 1.0 / math.sqrt(self.config["hidden_size"])
-                if tensor.split == "row":
+                if tensor.kind == "matrix" and tensor.makes == "hidden":
                     std /= math.sqrt(2 * self.config["num_hidden_layers"])
-                values = self._rows(name, range(box[0].start, box[0].stop))
-                values *= np.float32(std)
-                target.copy_(torch.from_numpy(values)[:, box[1]])
+                *experts, rows, columns = box
+                for number, expert in enumerate(range(experts[0].start, experts[0].stop) if experts else (0,)):
+                    first = expert * tensor.shape[-2]
+                    values = self._rows(name, range(first + rows.start, first + rows.stop))
+                    values *= np.float32(std)
+                    part = target[number] if experts else target
+                    part.copy_(torch.from_numpy(values)[:, columns])
 
     def _rows(self, name: str, rows: range) -> np.ndarray:
         """Rows of standard normals, each a function of (seed, tensor, row) alone."""
         key = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=16).digest()
         stream = np.random.Philox(key=int.from_bytes(key, "little"), counter=[0, 0, 0, 0])
         draw, state = np.random.Generator(stream), stream.state  # as nothing has been drawn
-        values = np.empty((len(rows), self.infos[name].shape[1]), np.float32)
+        values = np.empty((len(rows), self.infos[name].shape[-1]), np.float32)
         for at, row in enumerate(rows):
             state["state"]["counter"][3] = row
             stream.state = state  # faster than another stream for each row

@@ -1,6 +1,7 @@
 """Hugging Face safetensors folders: single or sharded with an index, read lazily, written in place.
 
 Layout of a file: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then data.
+Names are Hugging Face's, also where the running model has others (`checkpoint.experts`).
 """
 
 import functools
@@ -8,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from checkpoint.experts import Entry, entries_of, overlaps, spelled_in, unknown_expert
 from checkpoint.files import inside, read_json
 from checkpoint.layout import FilePlan, Fragment
 from checkpoint.memory import infos_of
@@ -113,18 +115,34 @@ class SafetensorsSource:
         return found
 
     @cached_property
+    def spelled(self) -> Mapping[str, Sequence[Entry]]:
+        """The entries of tensors that the files spell otherwise than the running model."""
+        infos = infos_of(self.config, torch.float32)
+        found = spelled_in(self.family, {name: info.shape for name, info in infos.items()}, self.stored)
+        strange = unknown_expert(self.family, found.values(), self.stored)
+        if strange is not None:
+            model = f"the {self.family.name} model of config.json"
+            raise InputError(f"{self.stored[strange].path}: holds {strange}, which {model} has not")
+        return found
+
+    @cached_property
     def infos(self) -> Mapping[str, Info]:
         infos = {}
         for name, info in infos_of(self.config, torch.float32).items():
             if info.tied_to is None:
-                if name not in self.stored:
-                    raise InputError(f"{self.folder}: tensor {name} is missing")
-                stored = self.stored[name]
-                if stored.shape != info.shape:
-                    raise InputError(f"{stored.path}: {name} has shape {stored.shape}, config.json says {info.shape}")
-                info = Info(shape=info.shape, slots={"weight": stored.dtype})
+                wanted = {entry.name: entry.shape for entry in self.spelled.get(name, ())} or {name: info.shape}
+                dtypes = [self._dtype_of(entry, shape) for entry, shape in wanted.items()]
+                info = Info(shape=info.shape, slots={"weight": functools.reduce(torch.promote_types, dtypes)})
             infos[name] = info
         return infos
+
+    def _dtype_of(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
+        if name not in self.stored:
+            raise InputError(f"{self.folder}: tensor {name} is missing")
+        stored = self.stored[name]
+        if stored.shape != shape:
+            raise InputError(f"{stored.path}: {name} has shape {stored.shape}, config.json says {shape}")
+        return stored.dtype
 
     def tiles(self, name: str) -> Sequence[Box]:
         return row_major_tiles(self.infos[name].shape)
@@ -133,9 +151,15 @@ class SafetensorsSource:
         return None
 
     def read(self, name: str, box: Box, out: Mapping[Slot, torch.Tensor], stats: Any = None) -> None:
-        piece = self._mapped(name)[box]
-        for tensor in out.values():
-            tensor.copy_(piece)
+        if name not in self.spelled:
+            piece = self._mapped(name)[box]
+            for tensor in out.values():
+                tensor.copy_(piece)
+            return
+        for entry, inside_it, at in overlaps(self.spelled[name], box):
+            piece = self._mapped(entry)[inside_it]
+            for tensor in out.values():
+                tensor[at].copy_(piece)
 
     def _mapped(self, name: str) -> torch.Tensor:
         """Return a tensor that lies in the file."""
@@ -201,10 +225,11 @@ class SafetensorsLayout:
             shards[-1][name] = dtype
             room -= size
         count = len(shards)
+        entries = _entries(source)
         plans = []
         for number, tensors in enumerate(shards, 1):
             name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            plans.append(_file(name, tensors, source))
+            plans.append(_file(name, tensors, entries))
         return plans
 
     def extras(self, source: Source, plans: Sequence[FilePlan]) -> dict[str, bytes]:
@@ -217,7 +242,8 @@ class SafetensorsLayout:
         extras = {"config.json": _json(config)}
         if len(plans) > 1:
             total = sum(math.prod(source.infos[name].shape) * dtype.itemsize for name, dtype in dtypes.items())
-            weight_map = {name: plan.name for plan in plans for name in plan.tensors}
+            entries = _entries(source)
+            weight_map = {entry.name: plan.name for plan in plans for name in plan.tensors for entry in entries[name]}
             extras[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
         return extras
 
@@ -226,27 +252,35 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _file(name: str, tensors: Mapping[str, torch.dtype], source: Source) -> FilePlan:
-    shapes = {tensor: source.infos[tensor].shape for tensor in tensors}
-    return FilePlan(
-        name=name, tensors=tuple(tensors), create=functools.partial(_create, tensors=dict(tensors), shapes=shapes)
-    )
+def _entries(source: Source) -> dict[str, list[Entry]]:
+    """Return the entries of each tensor."""
+    return {name: entries_of(source.family, name, info.shape) for name, info in source.infos.items()}
 
 
-def _create(path: Path, *, tensors: Mapping[str, torch.dtype], shapes: Mapping[str, tuple[int, ...]]) -> list[Fragment]:
+def _file(name: str, tensors: Mapping[str, torch.dtype], entries: Mapping[str, Sequence[Entry]]) -> FilePlan:
+    create = functools.partial(_create, tensors=dict(tensors), entries={tensor: entries[tensor] for tensor in tensors})
+    return FilePlan(name=name, tensors=tuple(tensors), create=create)
+
+
+def _create(
+    path: Path, *, tensors: Mapping[str, torch.dtype], entries: Mapping[str, Sequence[Entry]]
+) -> list[Fragment]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fragments: list[Fragment] = []
     at = 0
     for tensor, dtype in tensors.items():
-        size = math.prod(shapes[tensor]) * dtype.itemsize
-        header[tensor] = {"dtype": CODES[dtype], "shape": list(shapes[tensor]), "data_offsets": [at, at + size]}
-        at += size
+        first = 0
+        for entry in entries[tensor]:
+            stop = first + math.prod(entry.shape)
+            end = at + (stop - first) * dtype.itemsize
+            header[entry.name] = {"dtype": CODES[dtype], "shape": list(entry.shape), "data_offsets": [at, end]}
+            piece = Fragment(offset=at, tensor=tensor, slot="weight", dtype=dtype, start=first, stop=stop)
+            fragments.append(piece)
+            at, first = end, stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     with path.open("xb") as file:
         file.write(head)
         file.truncate(len(head) + at)
-    return [
-        Fragment(offset=len(head) + header[tensor]["data_offsets"][0], tensor=tensor, slot="weight", dtype=dtype)
-        for tensor, dtype in tensors.items()
-    ]
+    return [replace(fragment, offset=len(head) + fragment.offset) for fragment in fragments]

@@ -65,9 +65,15 @@ def chosen_at(key: str, box: Box, chance: float) -> np.ndarray:
 
 
 def _places(box: Box) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of a box, [rows, 1], and its columns; a vector is the first row of a matrix."""
-    *rows, columns = (np.arange(part.start, part.stop) for part in box)
-    return (rows[0] if rows else np.zeros(1, dtype=np.int64))[:, None], columns
+    """Return the rows of a box, [rows, 1], and its columns; a vector is the first row of a matrix.
+
+    Of several matrices in a tensor each has rows of its own: the first one's are those of a matrix.
+    """
+    *before, columns = (np.arange(part.start, part.stop) for part in box)
+    rows = np.zeros(1, dtype=np.int64)
+    for index in before:
+        rows = ((rows << 32)[:, None] + index).reshape(-1)
+    return rows[:, None], columns
 
 
 def _words(key: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

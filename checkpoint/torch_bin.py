@@ -3,7 +3,7 @@
 A file is `torch.save` of {name: tensor}. Nothing in it is run (`checkpoint.pickles`), and its tensors stay in
 the file until a tile of them is read. Many folders of the hub hold the same model as safetensors too: those are then
 read, and this format does not claim the folder. Files of torch before 1.6 are no zip archives and cannot be mapped:
-load and save such a model with transformers first.
+load and save such a model with transformers first. So it is with mixtures of experts.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from checkpoint import safetensors
+from checkpoint.experts import entries_of
 from checkpoint.files import inside, read_json
 from checkpoint.memory import MemorySource, infos_of
 from checkpoint.pickles import load_pickle
@@ -23,7 +24,7 @@ from parallel.families import family_of
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 
-COMPUTED = ("rotary_emb.inv_freq",)
+COMPUTED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Endings of entries that transformers used to save and that are not weights: the config gives them."""
 
 
@@ -40,11 +41,15 @@ def _stored(folder: Path) -> dict[str, tuple[Path, torch.Tensor]]:
 
 def _tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return name -> tensor, for every tensor that is no alias, each as config.json says."""
-    expected, stored = infos_of(config, torch.float32), _stored(folder)
+    if family_of(config).experts:
+        line = "experts are read from safetensors alone: load the model with transformers and save it again"
+        raise InputError(f"{folder}: {line}")
+    family, expected = family_of(config), infos_of(config, torch.float32)
+    spelled = {entries_of(family, name, info.shape)[0].name: name for name, info in expected.items()}
+    stored = {spelled.get(name, name): there for name, there in _stored(folder).items()}
     for name, (path, _) in stored.items():
         if name not in expected and not name.endswith(COMPUTED):
-            family = family_of(config).name
-            raise InputError(f"{path}: holds {name}, which the {family} model of config.json has not")
+            raise InputError(f"{path}: holds {name}, which the {family.name} model of config.json has not")
     found = {}
     for name, info in expected.items():
         if info.tied_to is not None:

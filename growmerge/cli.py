@@ -76,6 +76,9 @@ def check_rooms() -> None:
             )
 
 
+_SCALE = click.option("--scale", help="One of the file's `scales`: other sizes for the same stages.")
+
+
 @main.command()
 @click.argument("pipeline", type=click.Path(path_type=Path))
 @click.option("--workdir", type=click.Path(path_type=Path), help="Where everything goes; runs/<name> by default.")
@@ -87,20 +90,29 @@ def check_rooms() -> None:
     help="Where stages run: processes of this machine, or SLURM jobs.",
 )
 @_cluster
+@_SCALE
 @click.option(
     "--dry-run",
     is_flag=True,
     help="Print stages, order, parameters, tokens, FLOPs and cost; with --executor slurm the scripts of sbatch.",
 )
-def run(pipeline: Path, workdir: Path | None, executor: str, profile: str | None, detach: bool, dry_run: bool) -> None:
+def run(
+    pipeline: Path,
+    workdir: Path | None,
+    executor: str,
+    profile: str | None,
+    detach: bool,
+    scale: str | None,
+    dry_run: bool,
+) -> None:
     """Run a PIPELINE file: all stages that are not up to date, in order; go on where a killed run stopped."""
     from growmerge.run import dry_run as print_plan
     from growmerge.run import run_pipeline
 
     if dry_run:
-        print_plan(pipeline, workdir, executor, profile)
+        print_plan(pipeline, workdir, executor, profile, scale)
     else:
-        sys.exit(run_pipeline(pipeline, workdir, executor, profile, detach=detach))
+        sys.exit(run_pipeline(pipeline, workdir, executor, profile, scale, detach=detach))
 
 
 _WORKDIR = click.argument("workdir", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -109,14 +121,15 @@ _WORKDIR = click.argument("workdir", type=click.Path(path_type=Path, exists=True
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--profile", help="The cluster's profile, whose cache it goes into; the file's own by default.")
-def fetch(config: Path, profile: str | None) -> None:
+@_SCALE
+def fetch(config: Path, profile: str | None, scale: str | None) -> None:
     """Bring here what CONFIG names of the Hub and the package index: its jobs need no network then.
 
     CONFIG is any file that a verb takes: a pipeline, a run, corpora, a merge recipe, a sweep.
     """
     from growmerge.fetch import fetch_all
 
-    click.echo(f"{fetch_all(config, profile)} things are here")
+    click.echo(f"{fetch_all(config, profile, scale)} things are here")
 
 
 @main.command()
@@ -247,6 +260,8 @@ def inspect(checkpoint: Path, check: bool, finite: bool) -> None:
 @click.option("--to-head-dim", type=int, help="Elements of a head, a multiple of what they are.")
 @click.option("--depth", help="Add layers: stack, interleave, solar, identity, or a map such as 0-23,8-31.")
 @click.option("--layers", type=int, help="Layers of the grown model, with --depth.")
+@click.option("--experts", type=int, help="Make a dense model's feed-forward blocks so many experts a layer.")
+@click.option("--experts-per-token", type=int, help="To how many of them a token is sent; 2 by default.")
 @click.option("--method", default="exact-split", show_default=True, help="exact-split, symmetric or diagonal.")
 @click.option("--noise-db", type=float, help="Noise so many dB below the weights, with symmetric or diagonal.")
 @click.option(

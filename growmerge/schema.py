@@ -250,7 +250,7 @@ class GrowStage:
     from_: str
     """Stage or checkpoint to grow."""
     width: int | None = None
-    """Factor of all sizes that are not named below; 2 by default, 1 beside `depth` or a size to pad to."""
+    """Factor of all sizes that are not named below; 2 by default, 1 beside `depth`, `experts` or a size to pad to."""
     hidden: int | None = None
     """Factor of the hidden size; `width` by default, as for the next three."""
     heads: int | None = None
@@ -275,6 +275,11 @@ class GrowStage:
     map of the old layers such as 0-23,8-31."""
     layers: int | None = None
     """Layers of the grown model; not with a map."""
+    experts: int | None = None
+    """Experts a layer that a dense model's feed-forward blocks become; the function stays (sparse upcycling, arXiv
+    2212.05055)."""
+    experts_per_token: int | None = None
+    """To how many of them a token is sent; 2 by default."""
     method: GrowthMethod = "exact-split"
     """How a weight is shared among its copies: unequal parts that add up exactly, equal parts, or the whole to one copy
     (HyperCloning's diagonal)."""

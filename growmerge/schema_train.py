@@ -23,6 +23,8 @@ class Growth:
     to_head_dim: int | None = None
     depth: str | None = None
     layers: int | None = None
+    experts: int | None = None
+    experts_per_token: int | None = None
     method: GrowthMethod = "exact-split"
     noise_db: float | None = None
     optimizer: GrownOptimizer = "reset"

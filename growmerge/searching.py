@@ -233,7 +233,7 @@ def _filters(weights: Mapping[str, float]) -> Any:
         return next(iter(weights.values()))
     found: list[dict[str, Any]] = []
     left = dict(weights)
-    parts = [_part(name, depth) for depth in (3, 4) for name in weights if name.startswith("model.layers.")]
+    parts = [_part(name, depth) for depth in (3, 4) for name in weights if ".layers." in name]
     for part in dict.fromkeys(parts):
         own = {name: value for name, value in left.items() if name.startswith(part)}
         if own and len({*own.values()}) == 1:

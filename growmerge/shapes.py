@@ -79,7 +79,7 @@ def _config(pipeline: Pipeline, node: Node, configs: Mapping[str, Config], base:
 def recipe_of(stage: GrowStage, seed: int) -> Recipe:
     """Return how a stage grows."""
     given = {key: value for key, value in asdict(stage).items() if key not in ("from_", "optimizer", "width")}
-    else_grown = stage.depth or any(value for key, value in given.items() if key.startswith("to_"))
+    else_grown = stage.depth or stage.experts or any(value for key, value in given.items() if key.startswith("to_"))
     width = (1 if else_grown else 2) if stage.width is None else stage.width
     return Recipe(width=width, state=stage.optimizer, seed=seed, **given)
 
@@ -90,9 +90,13 @@ def parameters(config: Config) -> int:
 
 
 def multiplied(config: Config) -> int:
-    """Return the number of parameters that each token is multiplied with: the head, but no look-up of an embedding."""
-    lookup = 0 if family_of(config).is_tied(config) else config["vocab_size"] * config["hidden_size"]
-    return parameters(config) - lookup
+    """Return the number of parameters that each token is multiplied with: the head, but no look-up of an embedding.
+
+    Of experts those that it is sent to.
+    """
+    family = family_of(config)
+    lookup = 0 if family.is_tied(config) else config["vocab_size"] * config["hidden_size"]
+    return parameters(config) - lookup - family.idle(config)
 
 
 def vocabulary(pipeline: Pipeline, base: Path) -> int:

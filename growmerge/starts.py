@@ -7,6 +7,7 @@ from checkpoint.source import Source
 from growmerge.context import Context
 from growmerge.schema import GrowStage, TrainStage
 from growmerge.shapes import recipe_of
+from parallel.errors import InputError
 from train.loop import last_checkpoint
 from upscale.grow import grow
 
@@ -39,6 +40,11 @@ def _with_optimizer(context: Context, name: str) -> Source:
         return open_checkpoint(last_checkpoint(context.folder(name), context.tasks[name].config["training"]["steps"]))
     if isinstance(stage, GrowStage):
         recipe = recipe_of(stage, context.pipeline.seed)
+        if recipe.upcycles:
+            raise InputError(
+                f"{name} has experts of a dense model, and no rule is known for their optimizer: a training from it "
+                "needs dynamics: free"
+            )
         if recipe.state == "reset":
             recipe = replace(recipe, state="scaled")  # for the factors; a run that keeps no optimizer drops the rest
         return grow(_with_optimizer(context, stage.from_), recipe)

@@ -40,7 +40,7 @@ VERSIONS = {
 
 
 ADDED: Mapping[str, Any] = {
-    **dict.fromkeys(("hidden", "heads", "kv_heads", "ffn", "noise_db")),
+    **dict.fromkeys(("hidden", "heads", "kv_heads", "ffn", "noise_db", "experts", "experts_per_token")),
     "optimizer": "reset",
     "dynamics": "free",
     "schedule": "wsd",

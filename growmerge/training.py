@@ -145,6 +145,9 @@ def _key(config: TrainConfig) -> str:
     content["training"] = {key: value for key, value in content["training"].items() if key not in WITHOUT_RESULT}
     for name in TOPOLOGY:
         del content["training"][name]
+    for name in ("experts", "experts_per_token"):  # without them a run has the key that it had before there were any
+        if content["grow"] is not None and content["grow"][name] is None:
+            del content["grow"][name]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from checkpoint.source import Source, read_tensor
 from eval.model import load_model, stream_model
 from growmerge.sample_text import TEXT
 from parallel.errors import InputError
+from parallel.families import family_of
 from parallel.memory import available_memory, give_back_freed
 from train.data.tokenizer import load_tokenizer
 from upscale.factors import AxisGrowth, Recipe, axis_growths, grown_config, residual_scale
@@ -43,7 +44,7 @@ class Verdict:
     """The small model against itself in the same way: what the dtype alone costs."""
     asymmetry: float | None
     """Mean over the matrices of how far copies are from one another; None where not all that is new is a copy: sizes
-    were padded, or layers added."""
+    were padded, or layers or experts added."""
     gradients: GradientCheck | None
     """None likewise, and where the models were read a module at a time: gradients need all of them."""
 
@@ -62,7 +63,8 @@ def verify(small: Source, grown: Source, batches: Sequence[torch.Tensor], *, by_
     tensors = {name: tensor for name, tensor in small.family.tensors(small.config).items() if tensor.tied_to is None}
     growths = {name: tuple(axes[axis] for axis in tensor.axes) for name, tensor in tensors.items()}
     matrices = [name for name, tensor in tensors.items() if tensor.kind == "matrix"]
-    copied = not recipe.sizes.given() and sizes_of(small, Recipe())["layers"] == sizes_of(grown, Recipe())["layers"]
+    alike = small.family == grown.family and small.config["num_hidden_layers"] == grown.config["num_hidden_layers"]
+    copied = alike and not recipe.sizes.given()
     asymmetries = [_asymmetry(grown, name, growths[name]) for name in matrices] if copied else []
     load = stream_model if by_module else load_model
     first, second = load(small), load(grown)
@@ -121,7 +123,7 @@ def fits(small: Source, grown: Source) -> bool:
 def sizes_of(source: Source, recipe: Recipe) -> dict[str, int]:
     """Return the sizes of what a recipe makes of a model: each axis, and how many layers."""
     config = grown_config(recipe, source.config)
-    return {**source.family.axes(config), "layers": config["num_hidden_layers"]}
+    return {**family_of(config).axes(config), "layers": config["num_hidden_layers"]}
 
 
 def promises(recipe: Recipe, dtype: torch.dtype, small: Source) -> bool:
@@ -129,7 +131,8 @@ def promises(recipe: Recipe, dtype: torch.dtype, small: Source) -> bool:
 
     Equal shares of a bfloat16 number are exact for powers of two alone, and noise that cancels is rounded. So is a norm
     that has to grow by the square root of a factor, as Gemma's do, and what padding scales. Norms of heads have the eps
-    of those of a padded stream. Of layers that are added `identity` alone keeps the function.
+    of those of a padded stream. Of layers that are added `identity` alone keeps the function. Experts that a dense
+    model gets are all equal, so what the router says does not count.
     """
     axes = axis_growths(recipe, small.config)
     tensors = small.family.tensors(small.config).values()
@@ -199,7 +202,7 @@ def _print(found: Verdict, tokens: int) -> None:
     console.print(table)
     console.print(f"loss {found.float32.loss_small:.6f} -> {found.float32.loss_grown:.6f} nats a token")
     if found.asymmetry is None:
-        console.print("copies and gradients: not checked, as sizes were padded or layers added")
+        console.print("copies and gradients: not checked, as sizes were padded or layers or experts added")
     else:
         alike = "all equal: training cannot tell them apart" if found.asymmetry == 0 else "0 if equal"
         console.print(f"copies differ by {found.asymmetry:.3f} of their size, on average over the matrices ({alike})")

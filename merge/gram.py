@@ -47,6 +47,9 @@ def shared_inputs(model: PreTrainedModel) -> dict[str, str]:
         found[weight] = name
 
     config = model.config.to_dict()
+    if family_of(config).experts:
+        name = family_of(config).name
+        raise InputError(f"no Gram matrices are taken of {name} models: an expert sees some of the inputs alone")
     tensors = family_of(config).tensors(config)
     matrices = [name for name, tensor in tensors.items() if tensor.kind == "matrix"]
     modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in matrices}

@@ -149,6 +149,8 @@ def tsv_stats(stack: Stack, spread: Map) -> torch.Tensor | None:
     """Return the merged matrix; None for what is no linear layer's: an embedding's rows are tokens, not a map."""
     if stack.kind != "matrix":
         return None
+    if len(stack.shape) > 2:
+        raise stack.error("tsv merges matrices, and this holds those of all experts")
     rank = min(stack.shape) // stack.count
     if rank == 0:
         raise stack.error(f"tsv gives each of {stack.count} models a part of {min(stack.shape)} singular vectors")

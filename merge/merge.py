@@ -24,7 +24,16 @@ from merge.table import METHODS
 from parallel.errors import InputError, one_of
 from parallel.families import Family, Kind
 
-SAME = ("num_attention_heads", "hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters")
+EXPERTS = ("num_experts_per_tok", "norm_topk_prob")
+SAME = (
+    "num_attention_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    *EXPERTS,
+)
 """Further keys of the config that change what weights mean; models that state one differently are not merged."""
 
 DOUBTFUL = SAME[1:]

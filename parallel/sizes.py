@@ -68,6 +68,7 @@ class Sizes:
     query: int
     key: int
     ffn: int
+    """Of experts: of all that a token is sent to."""
     vocab: int
     tied: bool
     embedding: int
@@ -123,7 +124,7 @@ def sizes_of(config: Mapping[str, Any], tp: int = 1) -> Sizes:
         cut = tensor.split in ("column", "row") or tensor.kind == "head"
         count = -(-prod(tensor.shape) // tp) if cut else prod(tensor.shape)
         if tensor.layer is None:
-            counts[tensor.kind] += count
+            counts["final_norm" if tensor.kind == "norm_bias" else tensor.kind] += count
             continue
         layer.append(count)
         columns += tensor.kind == "matrix" and tensor.split == "column"
@@ -135,7 +136,7 @@ def sizes_of(config: Mapping[str, Any], tp: int = 1) -> Sizes:
         heads=-(-axes["q"] // axes["head_dim"] // tp),
         query=-(-axes["q"] // tp),
         key=-(-axes["kv"] // tp),
-        ffn=-(-axes["ffn"] // tp),
+        ffn=-(-family.active_ffn(config) // tp),
         vocab=axes["vocab"],
         tied=family.is_tied(config),
         embedding=counts["embedding"],

@@ -57,13 +57,13 @@ def flops_per_token(config: Mapping[str, Any], sequence_length: int) -> float:
     """Return the FLOPs of a token's forward and backward pass: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
 
     N counts the parameters that a token is multiplied with: the head is among them, also where it is the embedding, and
-    the look-up in the embedding is not. L layers, H heads of size Q, T the tokens that attention spans: the sequence,
-    or in a layer with a sliding window no more than the window. As in the paper no half is taken off for the causal
-    mask, and what recomputing activations costs is not counted.
+    the look-up in the embedding is not; of experts those that it is sent to. L layers, H heads of size Q, T the tokens
+    that attention spans: the sequence, or in a layer with a sliding window no more than the window. As in the paper no
+    half is taken off for the causal mask, and what recomputing activations costs is not counted.
     """
     family = family_of(config)
     tensors = family.tensors(config).values()
-    multiplied = sum(prod(tensor.shape) for tensor in tensors if tensor.kind != "embedding")
+    multiplied = sum(prod(tensor.shape) for tensor in tensors if tensor.kind != "embedding") - family.idle(config)
     spans = sum(min(sequence_length, window or sequence_length) for window in _windows(config))
     return 6.0 * multiplied + 12.0 * family.axes(config)["q"] * spans
 
@@ -74,8 +74,8 @@ def _windows(config: Mapping[str, Any]) -> list[int | None]:
     kinds = config.get("layer_types")
     if kinds:
         return [window if kind == "sliding_attention" else None for kind in kinds]
-    # Mistral alone has one without naming its layers' kinds; Qwen's configs hold windows that are not used.
-    return [window if family_of(config).name == "mistral" else None] * layers
+    # Mistral and Mixtral have one without naming their layers' kinds; Qwen's configs hold windows that are not used.
+    return [window if family_of(config).name in ("mistral", "mixtral") else None] * layers
 
 
 def step_time(sizes: Sizes, setup: Setup, memory: Memory, cluster: Cluster, flops_a_token: float) -> StepTime:

@@ -44,7 +44,7 @@ def parameter_groups(
         decay_embeddings: whether embeddings (and a head of its own) are decayed, too.
     """
     table = family_of(source.config).tensors(source.config)
-    undecayed = (*NORMS, "bias", *(() if decay_embeddings else ("embedding", "head")))
+    undecayed = (*NORMS, "bias", "norm_bias", *(() if decay_embeddings else ("embedding", "head")))
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named.items():
         kept = table[name].kind in undecayed

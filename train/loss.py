@@ -35,7 +35,7 @@ def give_losses(model: Any, config: Mapping[str, Any]) -> None:
         if capped or size >= targets.numel():
             logits = plain(*given, **named).logits
             return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        hidden = model.model(*given, **named).last_hidden_state.flatten(0, 1)
+        hidden = model.base_model(*given, **named).last_hidden_state.flatten(0, 1)
 
         def part(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
             logits = model.lm_head(tokens[None])[0] / divisor

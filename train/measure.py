@@ -54,11 +54,11 @@ def blocks(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _block(tensor: Tensor) -> str:
-    if tensor.kind in NORMS:
+    if tensor.kind in (*NORMS, "norm_bias"):
         return "norms"
     if tensor.layer is None:
         return tensor.kind
-    return f"layers/{tensor.layer}/{'attention' if '.self_attn.' in tensor.name else 'mlp'}"
+    return f"layers/{tensor.layer}/{'mlp' if '.mlp.' in tensor.name else 'attention'}"
 
 
 def block_norms(squares: Mapping[str, float], blocks: Mapping[str, str]) -> dict[str, float]:
@@ -96,7 +96,8 @@ def growths_of(recipe: Mapping[str, int], config: Mapping[str, Any]) -> dict[str
     """
     made_by = Recipe(**{part: recipe.get(part, 1) for part in _SIZES})  # type: ignore[arg-type]
     factors, small = made_by.factors(), dict(config)
-    for part, key in _SIZES.items():
+    keys = [(part, key) for part, key in _SIZES.items() if part != "ffn"]
+    for part, key in (*keys, *(("ffn", key) for key in family_of(config).widths.values())):
         size = config.get(key) or config["num_attention_heads"]
         small[key], rest = divmod(size, factors[part])
         if rest:

@@ -116,6 +116,10 @@ def build_pipeline(config: Mapping[str, Any], stages: int, loss: Any, *, recompu
         raise InputError(
             f"parallel.pp: the family {family.name} scales between its layers, which no stage does: use tp"
         )
+    if family.experts:
+        raise InputError(f"parallel.pp: the family {family.name} has experts, which no stage is tested with: use zero")
+    if family.plain_heads:
+        raise InputError(f"parallel.pp: the family {family.name} has modules of other names than its stages: use zero")
     hf_config = AutoConfig.for_model(**config)
     hf_config.use_cache = False
     with torch.device("meta"):

@@ -58,7 +58,7 @@ class DeepSource(Wrapped):
         tensor = self._tensors[name]
         if tensor.layer is None or not self.blocks[tensor.layer].identity:
             return False
-        return tensor.kind in self._ends and tensor.axes[0] == "hidden"
+        return tensor.kind in self._ends and tensor.makes == "hidden"
 
     @cached_property
     def infos(self) -> Mapping[str, Info]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from parallel.errors import InputError, one_of
 from parallel.families import JOINED, Tensor, family_of
 from upscale.layers import Block, blocks_of, deep_config
+from upscale.siblings import moe_config
 from upscale.sizes import Sizes, padded_config
 
 Method = Literal["exact-split", "symmetric", "diagonal"]
@@ -43,6 +44,10 @@ class Recipe:
     """How layers are added: stack, interleave, solar, identity, or a map such as 0-23,8-31 (`upscale.layers`)."""
     layers: int | None = None
     """Layers of the grown model; not with a map."""
+    experts: int | None = None
+    """Experts a layer that a dense model's feed-forward blocks become, last of all (`upscale.upcycle`)."""
+    experts_per_token: int | None = None
+    """To how many of them a token is sent; 2 by default."""
     method: Method = "exact-split"
     """How a weight is shared among the copies of its input: unequal parts that add up exactly, equal parts, or the
     whole to one copy (HyperCloning's diagonal)."""
@@ -55,11 +60,16 @@ class Recipe:
     seed: int = 0
     """Decides the unequal parts and the noise."""
 
+    @property
+    def upcycles(self) -> bool:
+        """Whether the grown model has experts that the small one has not."""
+        return self.experts is not None or self.experts_per_token is not None
+
     def factors(self) -> dict[str, int]:
         """Return the factor of each part.
 
         Raises:
-            InputError: a factor is not a whole number from 1 on, or the method is unknown.
+            InputError: a factor is not a whole number from 1 on, the method is unknown, or Adam's state cannot be kept.
         """
         for what, value, allowed in (
             ("growth method", self.method, get_args(Method)),
@@ -71,6 +81,11 @@ class Recipe:
             raise InputError(
                 f"noise of {self.noise_db} dB with method {self.method}: allowed is 0 to {FAINTEST}, with symmetric or "
                 "diagonal; an exact split is unequal by itself"
+            )
+        if self.upcycles and self.state != "reset":
+            raise InputError(
+                f"experts with the optimizer's state ({self.state}): no rule is known for what becomes of it; "
+                "grow without it"
             )
         given = {"hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads, "ffn": self.ffn}
         found = {part: self.width if factor is None else factor for part, factor in given.items()}
@@ -190,7 +205,13 @@ def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGro
             f"growth factor of heads is {heads}: allowed are multiples of that of kv_heads, {kv_heads}, "
             "so that each query head keeps its key/value head"
         )
-    copies = {"hidden": factors["hidden"], "q": heads, "kv": kv_heads, "ffn": factors["ffn"]}
+    if family_of(config).plain_heads and len({factors["hidden"], heads, kv_heads}) > 1:
+        raise InputError(
+            f"growth factors of hidden {factors['hidden']}, heads {heads} and kv_heads {kv_heads}: they have to be "
+            f"equal in the {family_of(config).name} family, whose heads are hidden_size / num_attention_heads wide"
+        )
+    copies = {"hidden": factors["hidden"], "q": heads, "kv": kv_heads, "qkv": heads}
+    copies |= dict.fromkeys(family_of(config).widths, factors["ffn"])
     found = {axis: AxisGrowth(size=size, copies=copies.get(axis, 1), run=max(1, size)) for axis, size in sizes.items()}
     if heads != kv_heads:
         # Head i attends to key/value head i // group: a group's copies have to follow it at once.
@@ -201,7 +222,7 @@ def axis_growths(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, AxisGro
     if family_of(config).whole_heads and grown["hidden_size"] % grown["num_attention_heads"]:
         raise InputError(
             f"hidden size {grown['hidden_size']} and {grown['num_attention_heads']} heads after growth: "
-            f"transformers' {grown['model_type']} allows a hidden size that is a multiple of the heads alone"
+            f"transformers' {config['model_type']} allows a hidden size that is a multiple of the heads alone"
         )
     return found
 
@@ -210,13 +231,15 @@ def grown_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the Hugging Face config of the grown model.
 
     Raises:
-        InputError: see `Recipe.factors`, `padded_config` and `blocks_of`.
+        InputError: see `Recipe.factors`, `padded_config`, `blocks_of` and `moe_config`.
     """
     found = copied_config(recipe, config)
     if recipe.sizes.given():
         found = padded_config(found, recipe.sizes)
     blocks = recipe.blocks(config)
-    return found if recipe.depth is None else deep_config(found, blocks)
+    if recipe.depth is not None:
+        found = deep_config(found, blocks)
+    return moe_config(found, recipe.experts, recipe.experts_per_token) if recipe.upcycles else found
 
 
 def copied_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,6 +247,10 @@ def copied_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
     factors = recipe.factors()
     heads = config["num_attention_heads"]
     divisor = family_of(config).logits_divisor
+    heads_apart = {
+        "num_key_value_heads": (config.get("num_key_value_heads") or heads) * factors["kv_heads"],
+        "head_dim": family_of(config).axes(config)["head_dim"],
+    }
     # All copies add up in the logits: where the model divides them, it divides by as much more.
     logits = {divisor: config.get(divisor, 1.0) * factors["hidden"]} if divisor else {}
     return {
@@ -231,9 +258,8 @@ def copied_config(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
         **logits,
         "hidden_size": config["hidden_size"] * factors["hidden"],
         "num_attention_heads": heads * factors["heads"],
-        "num_key_value_heads": (config.get("num_key_value_heads") or heads) * factors["kv_heads"],
-        "intermediate_size": config["intermediate_size"] * factors["ffn"],
-        "head_dim": family_of(config).axes(config)["head_dim"],
+        **{key: config[key] * factors["ffn"] for key in family_of(config).widths.values()},
+        **({} if family_of(config).plain_heads else heads_apart),
     }
 
 
@@ -257,9 +283,10 @@ def divided_dim(tensor: Tensor, config: Mapping[str, Any]) -> int | None:
     """
     family = family_of(config)
     if tensor.kind == "matrix":
-        return 1
+        return len(tensor.axes) - 1
     if family.logits_divisor:
         return None
     if tensor.kind == "head":
         return 1
-    return 0 if tensor.kind == "final_norm" and family.is_tied(config) else None
+    last = tensor.kind == "final_norm" or (tensor.kind == "norm_bias" and tensor.layer is None)
+    return 0 if last and family.is_tied(config) else None

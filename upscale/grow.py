@@ -43,6 +43,7 @@ from upscale.split import (
     whole_to_one,
 )
 from upscale.state import Rule, rule_of
+from upscale.upcycle import upcycle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,7 +54,8 @@ Shares = dict[Slot, list[torch.Tensor]]
 def grow(source: Source, recipe: Recipe) -> Source:
     """Return the grown model as a source; nothing is read yet. It is at step 0 unless the recipe keeps Adam's state.
 
-    By whole factors first, then to other sizes, and then each layer is put where it stands in the deeper model.
+    By whole factors first, then to other sizes, then each layer is put where it stands in the deeper model, and at last
+    feed-forward blocks become experts.
 
     Raises:
         InputError: the recipe's factors do not fit the model, or its weights have a dtype that cannot be split.
@@ -65,7 +67,8 @@ def grow(source: Source, recipe: Recipe) -> Source:
     wide: Source = GrownSource(source=source, recipe=recipe)
     if recipe.sizes.given():
         wide = pad(wide, recipe.sizes, recipe.seed)
-    return deepen(wide, recipe.blocks(source.config))
+    deep = deepen(wide, recipe.blocks(source.config))
+    return upcycle(deep, recipe.experts, recipe.experts_per_token, recipe.seed) if recipe.upcycles else deep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +231,7 @@ class GrownSource:
         # The shape tells a second growth's numbers from those of the first.
         key = f"{self.recipe.seed}/{name}/{shape}/{tiled}"
         if self.recipe.method != "exact-split":
-            output = tiled[0] if tiled else 0
+            output = tiled[-1] if tiled else 0
             # Where the outputs have no copies of their own, a whole value for one input leaves the others unused.
             alone = self.recipe.method == "diagonal" and self.rule(name).r_out > 1
             dtypes = {slot: torch.float32 if noise or slot not in out else out[slot].dtype for slot in whole}

@@ -178,7 +178,7 @@ class PaddedSource(Wrapped):
         if tensor.kind in NORMS:
             offset = self.family.norm_offset
             return torch.full(box_shape(box), self._scales[name] - offset)
-        if tensor.kind in ("embedding", "bias") or (tensor.kind == "matrix" and tensor.axes[0] == "hidden"):
+        if tensor.kind in ("embedding", "bias") or (tensor.kind == "matrix" and tensor.makes == "hidden"):
             return torch.zeros(box_shape(box))
         found = normal_at(f"{self.seed}/pad/{name}/{tensor.shape}", box).mul_(size)
         if tensor.axes[0] == "kv" and is_key(self.family, tensor):

@@ -5,16 +5,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from parallel.errors import InputError
-from parallel.families import family_of
+from parallel.families import JOINED, family_of
 
 KEYS = {
     "hidden": "hidden_size",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
-    "ffn": "intermediate_size",
     "head_dim": "head_dim",
 }
-"""What may be padded, and its key in a Hugging Face config."""
+"""What may be padded beside ffn, and its key in a Hugging Face config."""
 ROTARY = ("default", "linear", "llama3")
 """Rotary embeddings whose frequencies depend on the index over head_dim alone."""
 
@@ -27,6 +26,7 @@ class Sizes:
     heads: int | None = None
     kv_heads: int | None = None
     ffn: int | None = None
+    """Feed-forward width; of experts that of each, but for one that sees every token."""
     head_dim: int | None = None
     """Elements of a head, a whole multiple of what they were."""
 
@@ -42,6 +42,12 @@ def padded_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
             that attend to one; a head_dim that is no multiple, or whose rotary embedding or norms do not allow it.
     """
     family, before, given = family_of(config), sizes_of(config), sizes.given()
+    refused = [part for part in given if part != "ffn"] if family.plain_heads else []
+    if refused:
+        raise InputError(
+            f"size of {refused[0]}: of {family.name} ffn alone can be padded (its LayerNorms subtract the mean of the "
+            "whole stream, and its heads are hidden_size / num_attention_heads wide)"
+        )
     after = {**before, **given}
     for part, size in given.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < before[part]:
@@ -56,7 +62,8 @@ def padded_config(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
         raise InputError(f"{asked}: {family.name} norms all heads together, new ones with those that are there")
     if after["head_dim"] != before["head_dim"]:
         _check_head_dim(config, before["head_dim"], after["head_dim"])
-    found = {**config, **{KEYS[part]: size for part, size in after.items()}}
+    keys = {**KEYS, "ffn": family.widths["ffn"]}
+    found = {**config, **{keys[part]: size for part, size in (given if family.plain_heads else after).items()}}
     if after["hidden"] != before["hidden"]:
         found["rms_norm_eps"] = config.get("rms_norm_eps", family.norm_eps) * before["hidden"] / after["hidden"]
     return found
@@ -74,7 +81,7 @@ def _check_head_dim(config: Mapping[str, Any], before: int, after: int) -> None:
         raise InputError(
             f"head_dim {after}: allowed are multiples of {before}, so that rotary embeddings turn as they did"
         )
-    if family.joined:
+    if any("q" in axis.split(JOINED) for axis in family.joined):
         raise InputError(f"head_dim of {family.name}: its queries and keys are in one matrix with its values")
     if family.head_norms:
         raise InputError(f"head_dim of {family.name}: its norms of heads would mix what is new with what is there")

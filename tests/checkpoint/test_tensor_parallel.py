@@ -56,7 +56,10 @@ def test_as_deepspeed_by_its_plan_for_the_stock_model(family, tied):
             assert cuts_of(source, ranks, vocab_parallel=True) == cuts
 
 
-@pytest.mark.parametrize(("family", "why"), [("olmo2", "norms all heads together"), ("phi3", "has queries, keys and")])
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("olmo2", "norms all heads together"), ("phi3", "has queries, keys and"), ("gpt_neox", "has queries, keys and")],
+)
 def test_what_cannot_be_cut_is_refused(family, why):
     source = Trained(config=tiny_config(model_type=family))
     with pytest.raises(InputError, match=f"2 tensor-parallel ranks: {family} {why}"):

@@ -73,7 +73,7 @@ def alike():
     return [*made, Request(name="same", tokens=same), Request(name="same", tokens=same), *requests(count=3)]
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3_text", "olmo2", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3_text", "olmo2", "phi3", "gpt_neox")
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])

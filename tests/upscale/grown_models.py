@@ -42,8 +42,8 @@ def random_source(tied: bool = True, dtype: torch.dtype = torch.float32, **chang
     names = MemorySource(config=settings, tensors={}).family.tensors(settings)
     for name, tensor in names.items():
         if tensor.tied_to is None:
-            spread = 0.3 if len(tensor.shape) == 2 else 0.4
-            start = 0.0 if len(tensor.shape) == 2 else 1.0
+            spread = 0.3 if len(tensor.shape) > 1 else 0.4
+            start = 0.0 if len(tensor.shape) > 1 else 1.0
             tensors[name] = (torch.randn(tensor.shape, generator=random) * spread + start).to(dtype)
     return MemorySource(config=settings, tensors=tensors)
 

@@ -43,6 +43,10 @@ def test_identity_blocks_stand_at_even_distances() -> None:
     assert blocks_of("identity", 4, 4) == blocks_of(None, None, 4) == blocks_of("stack", 4, 4)
 
 
+LAST = {("gemma", "olmo2"): "post_feedforward_layernorm", ("gpt_neox",): "mlp.dense_4h_to_h"}
+"""What a layer ends with."""
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])
 def test_identity_keeps_every_family_with_width_and_without(family: str, tied: bool) -> None:
@@ -56,8 +60,9 @@ def test_identity_keeps_every_family_with_width_and_without(family: str, tied: b
         after(input_ids=IDS, labels=IDS).loss.backward()
         gradients = {name: parameter.grad for name, parameter in after.named_parameters()}
         assert all(gradient.isfinite().all() for gradient in gradients.values())
-        last = "post_feedforward_layernorm" if family in ("gemma2", "gemma3", "olmo2") else "mlp.down_proj"
-        sizes = [gradients[f"model.layers.{layer}.{last}.weight"].norm() for layer in range(recipe.layers)]
+        last = next((name for families, name in LAST.items() if family.startswith(families)), "mlp.down_proj")
+        prefix = f"{after.base_model_prefix}.layers"
+        sizes = [gradients[f"{prefix}.{layer}.{last}.weight"].norm() for layer in range(recipe.layers)]
         assert min(sizes) / max(sizes) > 0.01
 
 
@@ -82,8 +87,10 @@ def test_other_methods_are_the_stock_model_with_its_layers_moved(family: str, de
         print(f"\n{family} {depth}: loss {found.loss_small:.3f} -> {found.loss_grown:.3f} right after growth", end="")
 
 
-def test_vocabulary_then_width_then_depth() -> None:
-    small = random_source(False, **LAYERS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_vocabulary_then_width_then_depth(family: str, tied: bool) -> None:
+    small = random_source(tied, **LAYERS, **FAMILIES.get(family, {}))
     rows = rows_of([[number] for number in range(40)] + [[3, 4], []])
     found = grow(with_vocabulary(small, rows), Recipe(width=2, depth="identity", layers=6))
     before, after = loaded(small), loaded(found)
