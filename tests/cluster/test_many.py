@@ -48,7 +48,9 @@ def calls(tmp_path, monkeypatch, cluster):
     return lambda: log.read_text().split()
 
 
-@pytest.mark.parametrize("many", [16, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "many", [pytest.param(16, marks=pytest.mark.covered), pytest.param(200, marks=pytest.mark.slow)]
+)
 def test_jobs_of_a_second_are_one_array_and_none_is_lost(tmp_path, calls, many):
     jobs = {
         f"merge-{number}": Planned(

@@ -315,10 +315,9 @@ def test_a_branch_decays_from_the_stable_phase(whole, home):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_alarm_turns_the_run_into_a_branch(home, resumed):
+def test_an_alarm_turns_the_run_into_a_branch(home):
     alarms = {"alarms": "{eng: +0 branch}", "lr": "5", "decay": "4", "skip_sigma": "1000", "evaluate_every": "3"}
-    name = f"branching-{resumed}"
+    name = "branching"
     path = write(home, name, checkpoint_every="2", keep="3", **alarms)
     code, _, err = run(path)
     assert code == 0, err
@@ -328,8 +327,6 @@ def test_an_alarm_turns_the_run_into_a_branch(home, resumed):
     rates = [line["lr"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
     assert rates == pytest.approx([2.5, 5, 5, 3.75, 2.5, 1.25])
     whole = losses(folder)
-    if not resumed:
-        return
 
     # As a kill before the alarm leaves it: the checkpoint that it resumes from is the one to branch off from.
     for name in ("model", "branch.json", "run.json", "checkpoints/step-00000004", "checkpoints/step-00000006"):
@@ -341,7 +338,10 @@ def test_an_alarm_turns_the_run_into_a_branch(home, resumed):
     assert losses(folder) == whole
 
 
-@pytest.mark.parametrize("mixtures", [("alone",), pytest.param(("alone", "both"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mixtures",
+    [pytest.param(("alone",), marks=pytest.mark.covered), pytest.param(("alone", "both"), marks=pytest.mark.slow)],
+)
 def test_forgetting_rings_the_alarm_and_replay_keeps_it_still(whole, home, mixtures):
     """The model knows both languages; trained on one alone it forgets the other."""
     text = ALONE.replace(FILE[FILE.index("shape:") : FILE.index("data:")], "model: runs/whole/model\n").replace(

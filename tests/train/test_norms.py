@@ -61,7 +61,11 @@ FAST = ("zero 0, float32", "zero 1, bfloat16", "zero 2, offload, bfloat16", "zer
 """One of each kind of hook."""
 
 
-@pytest.mark.parametrize("names", [FAST, pytest.param(tuple(STAGES), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(FAST, marks=pytest.mark.covered), pytest.param(tuple(STAGES), marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
 def test_a_bad_step_is_as_if_it_had_not_been_and_norms_are_the_same_in_all_stages(tmp_path, names):
     found = on_ranks(tmp_path, 2, steps, {name: STAGES[name] for name in names})[0]
     for name in names:
