@@ -290,17 +290,17 @@ def test_killed_at_named_points_it_ends_with_the_very_numbers(undisturbed, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_at_10_random_moments_it_ends_with_the_very_numbers(undisturbed, tmp_path):
+def test_killed_at_20_random_moments_it_ends_with_the_very_numbers(undisturbed, tmp_path):
     folder, _ = undisturbed
     draw = random.Random(0)
     kills = 0
     round_of = 0
-    while kills < 10:
+    while kills < 20:
         round_of += 1
         workdir = tmp_path / f"run{round_of}"
         while run_and_kill(folder, workdir, after=draw.uniform(0.3, 25.0)):
             kills += 1
-            if kills == 10:
+            if kills == 20:
                 break
         assert_goes_on(folder, workdir)
 
