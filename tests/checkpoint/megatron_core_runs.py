@@ -248,8 +248,28 @@ def save(world, rank, *, folder, config, state, args, metadata=None, kind=None, 
     return logits_of(model, config["vocab_size"]), slots
 
 
-def load(world, rank, *, folder, config, state, args, kind=None):
+def _losses(model, optimizer, vocab_size, steps):
+    """Train on a text with the optimizer of float32 weights; return the losses before each step."""
+    from megatron_engine import forward, ids_of
+
+    (inner,) = optimizer.chained_optimizers
+    losses, ids = [], ids_of(vocab_size)
+    for _ in range(steps):
+        logits = forward(model, vocab_size)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        parameters = list(model.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        inner.optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+def load(world, rank, *, folder, config, state, args, kind=None, goes_on=0):
     """Load a checkpoint over other weights, as Megatron-LM does.
+
+    Args:
+        goes_on: steps to train; their losses are returned instead.
 
     Returns:
         logits, all slots, the optimizer's steps, the keys that the model did not ask for, and the arguments saved.
@@ -280,6 +300,8 @@ def load(world, rank, *, folder, config, state, args, kind=None):
         assert [group["lr"] for group in optimizer.param_groups] == [LR, LR]
         assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.1]
         steps = {int(one["step"]) for one in inner.optimizer.state.values()}
+    if goes_on:
+        return _losses(model, optimizer, config["vocab_size"], goes_on)
     slots = _slots(model, optimizer, kind, config) if world == 1 else None
     return logits_of(model, config["vocab_size"]), slots, steps, sorted(unasked), vars(found["args"])
 

@@ -101,12 +101,15 @@ def gpt_model(args, first=True, last=True):
     return model.to(args.params_dtype).eval()
 
 
-def logits_of(model, vocab_size):
-    ids = ids_of(vocab_size)
+def forward(model, vocab_size):
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
     hidden = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    return model(ids_of(vocab_size), positions, hidden)[..., :vocab_size].float()
+
+
+def logits_of(model, vocab_size):
     with torch.no_grad():
-        return model(ids, positions, hidden)[..., :vocab_size].float()
+        return forward(model, vocab_size)
 
 
 def loaded(ranks, folders):

@@ -237,6 +237,24 @@ def test_megatron_loads_other_models_and_its_distributed_optimizer_the_state(tmp
         assert_loaded(result, wanted)
 
 
+def test_megatron_goes_on_with_its_own_losses(saved, tmp_path):
+    """From what it saved itself, and from that made a ZeRO-3 run of 3 ranks and written for it again."""
+    folder, config, *_ = saved["stepped"]
+    run(folder, tmp_path / "zero3", "--format", "zero3", "--dp", "3")
+    run(tmp_path / "zero3", tmp_path / "again", "--format", "torch_dist")
+    (again,) = (tmp_path / "again").glob("iter_*")
+    told = {"do": "load", "config": config, "state": zeros(config), "args": args_of(config), "kind": "float32"}
+    tasks = [{**told, "folder": place, "goes_on": 4} for place in (folder / "iter_0000007", again)]
+    own, ours = run_tasks(tmp_path, tasks)
+    assert ours == own
+    assert max(own) - min(own) > 1e-3
+
+
+def run(source, target, *options):
+    ran = CliRunner().invoke(main, ["convert", str(source), str(target), *options])
+    assert ran.exit_code == 0, ran.output
+
+
 def test_all_that_a_source_says_comes_back(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         for tied in (True, False):
