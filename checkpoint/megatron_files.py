@@ -14,7 +14,7 @@ megatron_core 0.16.1: core/transformer/transformer_block.py and transformer_laye
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,16 @@ def step_folder(folder: Path) -> Path | None:
     Raises:
         InputError: the newest step is not there.
     """
-    if _has_ranks(folder):
+    return newest_step(folder, _has_ranks)
+
+
+def newest_step(folder: Path, is_step: Callable[[Path], bool]) -> Path | None:
+    """Return a folder if it is a step's, or that of the newest step if it is a run's; None if it is neither.
+
+    Raises:
+        InputError: the newest step is not there.
+    """
+    if is_step(folder):
         return folder
     try:
         text = (folder / TRACKER).read_text().strip()
@@ -63,8 +72,8 @@ def step_folder(folder: Path) -> Path | None:
     if name is None:
         return None
     if (folder / name).is_dir():
-        return folder / name if _has_ranks(folder / name) else None
-    others = sorted(path.name for path in folder.glob("iter_*") if _has_ranks(path))
+        return folder / name if is_step(folder / name) else None
+    others = sorted(path.name for path in folder.glob("iter_*") if is_step(path))
     if not others:
         return None
     raise InputError(f"{folder / TRACKER}: names {name}, which is not there; open one of {', '.join(others)}")

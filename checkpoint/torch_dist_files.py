@@ -17,7 +17,7 @@ from typing import Any
 
 from checkpoint.dcp_files import METADATA
 from checkpoint.files import read_json
-from checkpoint.megatron_files import RELEASE, TRACKER
+from checkpoint.megatron_files import RELEASE, newest_step
 from checkpoint.pickles import Record, load_pickle
 from parallel.errors import InputError, one_of
 
@@ -39,21 +39,7 @@ def step_folder(folder: Path) -> Path | None:
     Raises:
         InputError: the newest checkpoint is not there.
     """
-    if _is_one(folder):
-        return folder
-    try:
-        text = (folder / TRACKER).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    if text != RELEASE and not text.isdecimal():
-        return None
-    newest = folder / step_name(None if text == RELEASE else int(text))
-    if newest.is_dir():
-        return newest if _is_one(newest) else None
-    others = sorted(path.name for path in folder.glob("iter_*") if _is_one(path))
-    if not others:
-        return None
-    raise InputError(f"{folder / TRACKER}: names {newest.name}, which is not there; open one of {', '.join(others)}")
+    return newest_step(folder, _is_one)
 
 
 def is_torch_dist(folder: Path) -> bool:

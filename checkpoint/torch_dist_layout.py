@@ -23,9 +23,10 @@ import torch
 from checkpoint.dcp_files import METADATA
 from checkpoint.dcp_layout import DcpLayout, Item, Key, saved
 from checkpoint.layout import FilePlan, Fragment
+from checkpoint.megatron_files import RELEASE, TRACKER
 from checkpoint.source import Slot, Source
 from checkpoint.torch_dist_common import common_of
-from checkpoint.torch_dist_files import BACKEND, COMMON, RELEASE, TORCH_DIST, TRACKER, step_name
+from checkpoint.torch_dist_files import BACKEND, COMMON, TORCH_DIST, step_name
 from checkpoint.torch_dist_optim import MASTERS, MOMENTS, STATE
 from checkpoint.torch_dist_view import TorchDistView, view_of
 

@@ -33,7 +33,7 @@ class Row:
     """One line of a family's table."""
 
     name: str
-    """Hugging Face on-disk name; `{layer}` stands for the layer's number."""
+    """In the running model, and on disk but for `Family.spelled`; `{layer}` stands for the layer's number."""
     axes: tuple[str, ...]
     """What each dim is, outermost first; for a matrix (output, input), as torch.nn.Linear stores it."""
     kind: Kind
@@ -186,7 +186,7 @@ class Family:
         return tuple(dict.fromkeys(axis for row in self.rows for axis in row.axes if JOINED in axis))
 
     def tensors(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return every tensor of the model by on-disk name, in the order of the running model; aliases are listed."""
+        """Return every tensor of the model by name, in the order of the running model; aliases are listed."""
         sizes, tied = self.axes(config), self.is_tied(config)
         conditions = tuple(row.exists(config) for row in self.rows)
         key = (tuple(sizes.values()), tied, config["num_hidden_layers"], conditions)
