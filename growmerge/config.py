@@ -101,8 +101,16 @@ def build_stage(item: Item, key: str, marks: Marks) -> Stage:
 
 
 def merged_training(pipeline: Pipeline, stage: TrainStage) -> Training:
-    """Return how a stage trains: `training` of the pipeline, overlaid with the stage's own keys."""
-    return replace(pipeline.training, **cast(Mapping[str, Any], stage.training))
+    """Return how a stage trains: `training` of the pipeline, overlaid with the stage's own keys.
+
+    Steps that are not given are what the mixture comes to, where that is known (`growmerge.lengths`).
+    """
+    training = replace(pipeline.training, **cast(Mapping[str, Any], stage.training))
+    if training.steps is None and pipeline.prepared is not None:
+        from growmerge.lengths import steps_of  # which reads files by this module
+
+        training = replace(training, steps=steps_of(pipeline, stage.data, training))
+    return training
 
 
 def problem_in(value: object) -> tuple[str, str] | None:

@@ -1,23 +1,16 @@
 """The stages of a pipeline as a graph: references resolved, everything in an order that can be run."""
 
-import glob
 import heapq
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from importlib.util import find_spec
 from pathlib import Path
 
-from growmerge.config import VARIABLE, Marks, merged_training, problem_in
+from growmerge.config import VARIABLE, Marks
 from growmerge.grids import Draft, Verb, fill, grid
-from growmerge.hub import place
-from growmerge.places import files_of
-from growmerge.rules import merge_method
-from growmerge.rules_pipeline import parts
+from growmerge.references import absences, branched, check_stage, check_used, inputs_of
 from growmerge.schema import Check, GrowStage, MergeStage, Pipeline, Study, TrainStage
-from merge.search_settings import SEARCH
-from merge.table import METHODS, statistic_of
 from parallel.errors import InputError, one_of
 
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -48,12 +41,14 @@ class Node:
     """File and line."""
 
 
-def expand(pipeline: Pipeline, marks: Marks, path: Path) -> dict[str, Node]:
+def expand(pipeline: Pipeline, marks: Marks, path: Path, absent: list[str] | None = None) -> dict[str, Node]:
     """Return the pipeline's stages by name, each after those that it reads from; otherwise in the file's order.
 
     Args:
         marks: what `load_pipeline` returned beside the pipeline.
         path: the pipeline file; checkpoints' paths in it are relative to its folder.
+        absent: takes a line for each text, tokenizer and prepared corpus that is not there yet, which is an error
+            otherwise.
 
     Raises:
         InputError: something named that is not there (a stage, mixture, language, ...); two of one name; a cycle.
@@ -66,21 +61,16 @@ def expand(pipeline: Pipeline, marks: Marks, path: Path) -> dict[str, Node]:
                 at = first.marks.at(f"stages.{first.template}")
                 raise marks.error(f"stages.{template}", f"a second stage is called {draft.name!r}; the first: {at}")
             drafts[draft.name] = draft
+    drafts = {name: branched(draft, drafts) for name, draft in drafts.items()}
     folder = path.absolute().parent
-    inputs = {name: _inputs(draft, drafts, pipeline, folder) for name, draft in drafts.items()}
+    inputs = {name: inputs_of(draft, drafts, pipeline, folder) for name, draft in drafts.items()}
     for draft in drafts.values():
-        if draft.stage.train:
-            _check_train(draft, draft.stage.train, pipeline)
-        if draft.stage.grow:
-            _check_grow(draft, draft.stage.grow, drafts, folder)
-        if draft.stage.merge:
-            _check_merge(draft, draft.stage.merge, pipeline, folder)
-    _check_used(drafts.values(), marks)
-    _check_text(pipeline, marks, folder)
-    tokenizer = pipeline.tokenizer.path
-    with marks.within("tokenizer.path"):
-        if tokenizer is not None and not _is_folder(place(folder, tokenizer)):
-            raise InputError(f"no tokenizer folder {tokenizer!r} in {folder}")
+        check_stage(draft, drafts, pipeline, folder)
+    check_used(drafts.values(), marks)
+    for error in absences(pipeline, marks, folder):
+        if absent is None:
+            raise error
+        absent.append(str(error))
     nodes = {}
     for name in _order(drafts, inputs):
         draft = drafts[name]
@@ -122,6 +112,21 @@ def match(nodes: Mapping[str, Node], template: str, study: Study | None = None) 
     return [name for name in nodes if name in found]
 
 
+def study_branches(study: Study, nodes: Mapping[str, Node]) -> dict[str, dict[str, list[str]]]:
+    """Return the models of each adaptation at several lengths and seeds, its own last: by language, then by setup.
+
+    Raises:
+        InputError: a template with a variable that no grid has.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for (setup, language), adapted in study_stages(study, "adapted").items() if study.branches else ():
+        here = {"setup": setup, "language": language}
+        templates = [VARIABLE.sub(lambda one: here.get(one[1], one[0]), one) for one in study.branches]  # noqa: B023
+        names = [name for template in templates for name in match(nodes, template)]
+        found.setdefault(language, {})[setup] = list(dict.fromkeys([*names, adapted]))
+    return found
+
+
 def study_stages(study: Study, part: str) -> dict[tuple[str, ...], str]:
     """Return the stages of a part of the study, such as `{("1x", "swe"): "1x-swe", ...}` for `adapted`.
 
@@ -143,127 +148,6 @@ def _fill_all(template: str, values: Mapping[str, Iterable[str]]) -> dict[tuple[
     """Return the template filled with every combination of the values, the last variable varying fastest."""
     combinations = itertools.product(*values.values())
     return {choice: fill(template, dict(zip(values, choice, strict=True))) for choice in combinations}
-
-
-# ---- references
-
-
-def _inputs(draft: Draft, drafts: Mapping[str, Draft], pipeline: Pipeline, folder: Path) -> tuple[str, ...]:
-    """Return the names of the stages that a stage reads from; paths and `scratch` are checked and left out."""
-    found: dict[str, None] = {}
-    for key, value in draft.references():
-        if value in drafts:
-            found[value] = None
-        elif is_path(value):
-            with draft.marks.within(key):
-                found_there = _is_folder(place(folder, value))
-            if not found_there:
-                raise draft.marks.error(key, f"no checkpoint folder {value!r} in {folder}")
-        elif value == "scratch" and draft.verb == "train":
-            if pipeline.model is None:
-                raise draft.marks.error(key, "scratch needs `model:`, the shape of the model, and there is none")
-        else:
-            names = [*drafts, "scratch"] if draft.verb == "train" else drafts
-            raise draft.marks.error(key, f"{one_of('stage', value, names)} (a checkpoint's path needs a /)")
-    return tuple(found)
-
-
-def is_path(name: str) -> bool:
-    """Whether a name in a pipeline file is a path, and no stage or corpus."""
-    return "/" in name or name.startswith(".")
-
-
-def texts_of(stage: MergeStage) -> dict[str, str]:
-    """Return the texts that a merge goes by, by their keys in the stage, such as `statistics.text.0`."""
-    found = {}
-    if stage.statistics and statistic_of(merge_method(stage)):
-        text = stage.statistics.text
-        several = {f"statistics.text.{i}": one for i, one in enumerate(text)}
-        found = {"statistics.text": text} if isinstance(text, str) else several
-    if stage.search and stage.method == SEARCH:
-        found |= {f"search.texts.{language}": text for language, text in stage.search.texts.items()}
-    return found
-
-
-def _check_text(pipeline: Pipeline, marks: Marks, folder: Path) -> None:
-    """Check that text on disk is there; a package's is known once it is downloaded."""
-    for language, corpus in pipeline.corpora.items():
-        for i, source in enumerate(corpus.sources):
-            if source.package or source.files is None:
-                continue
-            found = glob.iglob(source.files, root_dir=folder, recursive=True)  # noqa: PTH207 - may be absolute
-            if next(found, None) is None:
-                problem = f"language without text: no file matches {source.files!r} in {folder}"
-                raise marks.error(f"corpora.{language}.sources.{i}.files", problem)
-    for name, task in pipeline.evaluation.tasks.items():
-        for key in ("files", "unlike"):
-            with marks.within(f"evaluation.tasks.{name}.{key}"):
-                files_of(getattr(task, key) or (), folder)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name too long, a folder that may not be entered
-        return False
-
-
-def _check_train(draft: Draft, stage: TrainStage, pipeline: Pipeline) -> None:
-    """Check a training stage's mixture, and that its own keys and the pipeline's together make a training."""
-    if stage.data not in pipeline.mixtures:
-        raise draft.marks.error(draft.key("data"), one_of("mixture", stage.data, pipeline.mixtures))
-    training = merged_training(pipeline, stage)
-    if training.steps is None:
-        raise draft.marks.error(draft.key("training"), "no number of steps: give `steps` here or in `training:`")
-    if problem := problem_in(training):
-        raise draft.marks.error(draft.key("training", problem[0]), problem[1])
-
-
-def _check_grow(draft: Draft, stage: GrowStage, drafts: Mapping[str, Draft], folder: Path) -> None:
-    """Check that what keeps the optimizer's state is grown from something that has one."""
-    if stage.optimizer == "reset":
-        return
-    if stage.from_ in drafts:
-        parent = drafts[stage.from_].body
-        found = isinstance(parent, TrainStage) or (isinstance(parent, GrowStage) and parent.optimizer != "reset")
-    else:
-        # DeepSpeed's formats, by the names of their files: to open them takes torch.
-        path = place(folder, stage.from_)
-        found = (path / "zero").is_dir() or any(path.glob("*optim_states.pt"))
-    if not found:
-        raise draft.marks.error(
-            draft.key("optimizer"),
-            f"{stage.optimizer}, but {stage.from_!r} has no optimizer state: a train stage has, a grow stage that "
-            "keeps it, and a DeepSpeed checkpoint",
-        )
-
-
-def _check_merge(draft: Draft, stage: MergeStage, pipeline: Pipeline, folder: Path) -> None:
-    """Check that the texts that a merge goes by are there, and what searches."""
-    for key, text in texts_of(stage).items():
-        if is_path(text):
-            if not (folder / text).is_file():
-                raise draft.marks.error(draft.key(key), f"no file {text!r} in {folder}")
-        elif text not in parts(pipeline):
-            line = one_of("corpus or split", text, parts(pipeline))
-            raise draft.marks.error(draft.key(key), f"{line} (a file's path needs a /)")
-    if stage.method == SEARCH and find_spec("cma") is None:
-        raise draft.marks.error(draft.key("method"), "cma is not installed: pip install 'growmerge[search]'")
-
-
-def _check_used(drafts: Iterable[Draft], marks: Marks) -> None:
-    """Check that a merge's `statistics` and `search` mean something to a method of its grid."""
-    able = {"statistics": [name for name in METHODS if statistic_of(name)], "search": [SEARCH]}
-    given: dict[tuple[str, str], dict[str, None]] = {}
-    for draft in drafts:
-        merge = draft.stage.merge
-        for key in able if merge else ():
-            if merge and getattr(merge, key) is not None:
-                given.setdefault((draft.template, key), {}).update({merge.method: None, merge_method(merge): None})
-    for (template, key), methods in given.items():
-        if not methods.keys() & {*able[key]}:
-            line = f"means nothing to method {', '.join(methods)}: it is for {' and '.join(able[key])}"
-            raise marks.error(f"stages.{template}.merge.{key}", line)
 
 
 def _order(drafts: Mapping[str, Draft], inputs: Mapping[str, Sequence[str]]) -> list[str]:
@@ -315,6 +199,20 @@ def _check_study(pipeline: Pipeline, nodes: Mapping[str, Node], marks: Marks) ->
         for name in names:
             if name not in nodes:
                 raise marks.error(key, f"{getattr(study, part)!r} asks for an {one_of('stage', name, nodes)}")
+    _check_branches(study, nodes, marks)
+
+
+def _check_branches(study: Study, nodes: Mapping[str, Node], marks: Marks) -> None:
+    """Check that every template of branches stands for a train stage."""
+    for number, template in enumerate(study.branches):
+        key = f"study.branches.{number}"
+        with marks.within(key):
+            found = match(nodes, template, study)
+            if not found:
+                raise InputError(one_of("stage", template, nodes))
+            for name in found:
+                if nodes[name].verb != "train":
+                    raise InputError(f"{name} does not train: branches are trainings")
 
 
 def _check_check(check: Check, key: str, pipeline: Pipeline, nodes: Mapping[str, Node], marks: Marks) -> None:

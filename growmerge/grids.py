@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from growmerge.config import VARIABLE, Marks, build_stage
 from growmerge.rules import NAME
-from growmerge.schema import GrowStage, MergeStage, Stage, TrainStage
+from growmerge.schema import GrowStage, MergeStage, Stage, Subsets, TrainStage
 from parallel.document import Item
 from parallel.errors import InputError, one_of
 
@@ -50,7 +50,7 @@ class Draft:
         return [(self.key("from"), self.body.from_)]
 
 
-def grid(template: str, item: Item, each: Mapping[str, tuple[str, ...]], marks: Marks) -> Iterator[Draft]:
+def grid(template: str, item: Item, each: Mapping[str, tuple[str, ...] | Subsets], marks: Marks) -> Iterator[Draft]:
     """Yield a draft for every combination of a stage's variables, the last one varying fastest.
 
     Args:
@@ -62,10 +62,11 @@ def grid(template: str, item: Item, each: Mapping[str, tuple[str, ...]], marks: 
         InputError: an unknown variable, a name that cannot be one, a grid too large; a filled-in stage that is wrong.
     """
     key = f"stages.{template}"
-    if (count := math.prod(len(values) for values in each.values())) > LARGEST:
+    lists = {name: values.values if isinstance(values, Subsets) else values for name, values in each.items()}
+    if (count := math.prod(len(values) for values in lists.values())) > LARGEST:
         raise marks.error(f"{key}.each", f"the grid comes to {count} stages; allowed are {LARGEST}")
-    for choice in itertools.product(*(range(len(values)) for values in each.values())):
-        values = {name: each[name][i] for name, i in zip(each, choice, strict=True)}
+    for choice in itertools.product(*(range(len(values)) for values in lists.values())):
+        values = {name: lists[name][i] for name, i in zip(lists, choice, strict=True)}
         with marks.within(key):
             name = fill(template, values)
         if not NAME.fullmatch(name) or name in RESERVED:
@@ -73,31 +74,54 @@ def grid(template: str, item: Item, each: Mapping[str, tuple[str, ...]], marks: 
                 key, f"{name!r} cannot be a stage's name: letters, digits and . _ + -, but not {', '.join(RESERVED)}"
             )
         own = Marks(file=marks.file)
-        stage = build_stage(_fill_stage(item, choice, marks, key), key, own)
+        sets = {name for name, given in each.items() if isinstance(given, Subsets)}
+        stage = build_stage(
+            _fill_stage(item, dict(zip(lists, choice, strict=True)), values, sets, marks, key), key, own
+        )
         yield Draft(name=name, template=template, variables=values, stage=stage, marks=own)
 
 
-def _fill_stage(item: Item, choice: Sequence[int], marks: Marks, key: str) -> Item:
-    """Return a stage as written, with one choice of its variables filled in."""
+def _fill_stage(
+    item: Item, choice: Mapping[str, int], values: Mapping[str, str], sets: Collection[str], marks: Marks, key: str
+) -> Item:
+    """Return a stage as written, with one choice of its variables filled in.
+
+    Args:
+        choice: the number of each variable's value.
+        values: the values themselves.
+        sets: variables whose values are subsets: an entry of a list that has one is repeated for each of its names.
+    """
     parts = _mapping(item)
     lists = _mapping(parts["each"]) if "each" in parts else {}
-    chosen = {name: _list(values)[i] for (name, values), i in zip(lists.items(), choice, strict=True)}
 
-    def filled(item: Item, key: str) -> Item:
+    def written(name: str) -> Item:
+        """Return where a variable's value stands in the file."""
+        return lists[name] if name in sets else _list(lists[name])[choice[name]]
+
+    def entries(item: Item) -> list[tuple[Item, Mapping[str, str]]]:
+        found = dict.fromkeys(VARIABLE.findall(item.value)) if isinstance(item.value, str) else {}
+        used = {name: values[name].split("+") for name in found if name in sets}
+        return [(item, {**values, **dict(zip(used, one, strict=True))}) for one in itertools.product(*used.values())]
+
+    def filled(item: Item, key: str, values: Mapping[str, str]) -> Item:
         if isinstance(item.value, dict):
-            return replace(item, value={name: filled(part, f"{key}.{name}") for name, part in item.value.items()})
+            return replace(
+                item, value={name: filled(part, f"{key}.{name}", values) for name, part in item.value.items()}
+            )
         if isinstance(item.value, tuple):
-            return replace(item, value=tuple(filled(part, f"{key}.{i}") for i, part in enumerate(item.value)))
+            parts = [pair for part in item.value for pair in entries(part)]
+            return replace(item, value=tuple(filled(part, f"{key}.{i}", own) for i, (part, own) in enumerate(parts)))
         if not VARIABLE.search(item.value):
             return item
         with marks.within(key):
-            text = fill(item.value, {name: str(part.value) for name, part in chosen.items()})
+            text = fill(item.value, values)
         whole = VARIABLE.fullmatch(item.value)
         # What is nothing but a variable is wrong where its values are listed.
-        return replace(chosen[whole[1]] if whole else item, value=text, tag="filled")
+        return replace(written(whole[1]) if whole else item, value=text, tag="filled")
 
     return replace(
-        item, value={name: part if name == "each" else filled(part, f"{key}.{name}") for name, part in parts.items()}
+        item,
+        value={name: part if name == "each" else filled(part, f"{key}.{name}", values) for name, part in parts.items()},
     )
 
 

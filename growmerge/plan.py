@@ -44,6 +44,7 @@ class PlannedStage:
     statistics: Mapping[str, str] = field(default_factory=dict)
     """What a merge goes by, and of what it is made first."""
     steps: int = 0
+    """Its own: of a branch those from where it branches off."""
     tokens: int = 0
     flops: int = 0
     """6 N D: N parameters with the head, without an embedding that is only looked up; D tokens (arXiv 2001.08361)."""
@@ -80,6 +81,7 @@ def plan(pipeline: Pipeline, nodes: Mapping[str, Node], *, base: Path) -> list[P
         assert training.steps is not None, "expand lets no stage through without steps"
         a_step = training.global_batch * training.sequence_length
         each = 6 * multiplied(config) * a_step
+        own = training.steps - (stage.at or 0)
         found.append(
             PlannedStage(
                 name=node.name,
@@ -87,10 +89,10 @@ def plan(pipeline: Pipeline, nodes: Mapping[str, Node], *, base: Path) -> list[P
                 inputs=(stage.from_,),
                 data=stage.data,
                 parameters=count,
-                steps=training.steps,
-                tokens=training.steps * a_step,
-                flops=training.steps * each,
-                seconds=training.steps * (STEP_SECONDS + each / (cores(pipeline.resources) * CORE_FLOPS)),
+                steps=own,
+                tokens=own * a_step,
+                flops=own * each,
+                seconds=own * (STEP_SECONDS + each / (cores(pipeline.resources) * CORE_FLOPS)),
             )
         )
     return found

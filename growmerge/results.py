@@ -11,7 +11,8 @@ from growmerge import heat
 from growmerge.context import Context
 from growmerge.costs import costs, events_by_stage, incidents, training_seconds
 from growmerge.findings import asked, curve, losses, versions
-from growmerge.graph import Node, match, study_stages
+from growmerge.graph import Node, match, study_branches, study_stages
+from growmerge.prepared import corpus_sizes
 from growmerge.report import analyse
 from growmerge.report_files import write_report
 from growmerge.retention import role_comparisons
@@ -133,6 +134,7 @@ def _study(study: Study, nodes: Mapping[str, Node]) -> dict[str, Any]:
         "adapted": by_setup("adapted"),
         "joint": {setup: name for (setup,), name in study_stages(study, "joint").items() if name in nodes},
         "merged": by_setup("merged"),
+        **({"branches": study_branches(study, nodes)} if study.branches else {}),
     }
 
 
@@ -190,10 +192,9 @@ def _corpora(context: Context) -> dict[str, Any]:
 
 def _tokens_of(context: Context, language: str) -> int:
     """Return the tokens of a language's training text: of the whole, or of its splits together."""
-    folder = context.folder("tokens")
-    if (folder / f"{language}.json").is_file():
-        return int(read_json(folder / f"{language}.json")["tokens"])
-    return sum(int(read_json(path)["tokens"]) for path in sorted(folder.glob(f"{language}.*.json")))
+    sizes = corpus_sizes(context)
+    splits = [size.tokens for name, size in sizes.items() if name.startswith(f"{language}.")]
+    return sizes[language].tokens if language in sizes else sum(splits)
 
 
 def _tokenizer(context: Context) -> dict[str, Any]:
@@ -217,10 +218,14 @@ def _models(context: Context) -> dict[str, Any]:
         path = context.folder(name) / "model" / "config.json"
         config = read_json(path) if path.is_file() else planned[name]
         plan = context.tasks[name].config.get("training")
-        tokens = plan["steps"] * plan["global_batch"] * plan["sequence_length"] if plan else 0
+        at = context.tasks[name].config.get("at", 0)
+        a_step = plan["global_batch"] * plan["sequence_length"] if plan else 0
+        tokens = (plan["steps"] - at) * a_step if plan else 0
         a_token = 6 * multiplied(config)
         flops = a_token * tokens
-        lines[name] = {name}.union(*(lines[parent] for parent in node.inputs))
+        # A branch comes from a part of its run, which counts as its own.
+        before = node.inputs if not at else [one for of in node.inputs for one in context.nodes[of].inputs]
+        lines[name] = {name}.union(*(lines[parent] for parent in before))
         models[name] = {
             "verb": node.verb,
             "parents": list(node.inputs),
@@ -229,7 +234,11 @@ def _models(context: Context) -> dict[str, Any]:
             "tokens": tokens,
             "flops_per_token": a_token,
             "flops": flops,
-            "total_flops": flops + sum(models[other]["flops"] for other in lines[name] - {name}),
+            "adaptation_tokens": tokens + at * a_step,
+            "adaptation_flops": flops + at * a_step * a_token,
+            "total_flops": flops
+            + at * a_step * a_token
+            + sum(models[other]["flops"] for other in lines[name] - {name}),
             "path": f"models/{name}",
             "method": context.tasks[name].config.get("method"),
         }

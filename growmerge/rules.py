@@ -17,14 +17,17 @@ from growmerge.schema import (
     MergeStage,
     ModelConfig,
     Pipeline,
+    Prepared,
     Resources,
     Rewarming,
     Stage,
     StatisticsConfig,
     Study,
+    Subsets,
     TextSource,
     TokenizerConfig,
     Training,
+    TrainStage,
 )
 from merge.search_settings import SEARCH, Search, search_of
 from merge.settings import check_count, settings_of
@@ -106,9 +109,13 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "stall_minutes": FROM_0,
     },
     Rewarming: {"at": FROM_0, "steps": FROM_1, "start": SHARE},
+    TrainStage: {"at": FROM_1, "seed": FROM_0},
+    Subsets: {"least": FROM_1, "most": FROM_1},
+    Prepared: {"sample_bytes": FROM_1},
     GrowStage: {
         **dict.fromkeys(("width", "hidden", "heads", "kv_heads", "ffn"), FACTOR),
         "noise_db": Range(at_least=0, at_most=FAINTEST),
+        "seed": FROM_0,
     },
     StatisticsConfig: {"tokens": FROM_1, "sequence_length": Range(at_least=2)},
     Evaluation: {
@@ -149,8 +156,6 @@ def text_source(source: TextSource) -> Iterator[Problem]:
 
 
 def corpus(corpus: Corpus) -> Iterator[Problem]:
-    if not corpus.sources:
-        yield "sources", "language without text: the list of sources is empty"
     for name, share in corpus.splits.items():
         if not re.fullmatch(r"[\w-]+", name):
             yield f"splits.{name}", f"{name!r} cannot be a split's name: use letters, digits, - and _"
@@ -216,8 +221,20 @@ def stage(stage: Stage) -> Iterator[Problem]:
     if len(verbs) != 1:
         yield "", f"a stage is exactly one of train, grow, merge; given: {' and '.join(verbs) or 'none'}"
     for variable, values in stage.each.items():
-        if not values:
+        if not (values.values if isinstance(values, Subsets) else values):
             yield f"each.{variable}", "the list of values is empty"
+
+
+def subsets(subsets: Subsets) -> Iterator[Problem]:
+    if len({*subsets.subsets}) != len(subsets.subsets):
+        yield "subsets", "a name is given twice"
+    if (subsets.most or len(subsets.subsets)) > len(subsets.subsets):
+        yield "most", f"{subsets.most} of {len(subsets.subsets)} names"
+
+
+def train_stage(stage: TrainStage) -> Iterator[Problem]:
+    if stage.at is not None and stage.seed:
+        yield "seed", "a branch goes on with its run's samples: it has no seed of its own"
 
 
 def merge(merge: MergeStage) -> Iterator[Problem]:
@@ -295,6 +312,8 @@ RULES: Mapping[type, Callable[[Any], Iterator[Problem]]] = {
     Training: training,
     Resources: resources,
     Stage: stage,
+    Subsets: subsets,
+    TrainStage: train_stage,
     MergeStage: merge,
     Search: search,
     Study: study,

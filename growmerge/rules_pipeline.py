@@ -17,13 +17,20 @@ def pipeline(pipeline: Pipeline) -> Iterator[Problem]:
     for key in ("corpora", "mixtures", "stages"):
         if not getattr(pipeline, key):
             yield key, "language without text: no corpus is given" if key == "corpora" else "none is given"
-    for language in pipeline.corpora:
+    for language, corpus in pipeline.corpora.items():
+        if not corpus.sources and pipeline.prepared is None:
+            yield f"corpora.{language}", "language without text: no `sources`, and no `prepared` folder to find it in"
         if not re.fullmatch(r"[\w-]+", language):
             yield f"corpora.{language}", f"{language!r} cannot be a language's code: use letters, digits, - and _"
     for language in pipeline.tokenizer.train_on:
         if language not in pipeline.corpora:
             yield "tokenizer.train_on", f"language without text: {one_of('corpus', language, pipeline.corpora)}"
     yield from _mixtures(pipeline)
+    if pipeline.prepared is not None and pipeline.tokenizer.path is None:
+        yield "prepared", "the text is tokenised: it needs `tokenizer.path`, the tokenizer that it was prepared with"
+    for name in pipeline.prepared.sizes if pipeline.prepared else ():
+        if name not in (known := parts(pipeline)):
+            yield f"prepared.sizes.{name}", one_of("corpus or split", name, known)
     window = pipeline.evaluation.window or pipeline.training.sequence_length
     if pipeline.evaluation.stride and pipeline.evaluation.stride >= window:
         yield "evaluation.stride", f"{pipeline.evaluation.stride} is not shorter than the window of {window} tokens"

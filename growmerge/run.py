@@ -12,6 +12,7 @@ from growmerge.clusters import profile_of, workdir_of
 from growmerge.config import load_pipeline
 from growmerge.events import EventLog
 from growmerge.graph import Node, expand
+from growmerge.lengths import with_sizes
 from growmerge.schema import Pipeline
 from growmerge.shapes import model_configs
 from growmerge.tasks import EVALUATION, Task, build_tasks
@@ -38,43 +39,58 @@ class Plan:
     workdir: Path
 
 
-def load(path: Path, workdir: Path | None, profile: str | None = None, scale: str | None = None) -> Plan:
+def load(
+    path: Path,
+    workdir: Path | None,
+    profile: str | None = None,
+    scale: str | None = None,
+    absent: list[str] | None = None,
+) -> Plan:
     """Read a pipeline file and say what it comes to.
 
     Args:
         profile: of the cluster, instead of the one that the file names.
         scale: which of the file's `scales`, if any.
+        absent: see `growmerge.graph.expand`; if there is something, there are no tasks yet.
 
     Raises:
         InputError: anything wrong in the file, with its line.
     """
     pipeline, lines = load_pipeline(path, scale)
+    base = path.absolute().parent
+    pipeline = with_sizes(pipeline, base)
     if profile is not None:
         pipeline = replace(pipeline, resources=replace(pipeline.resources, profile=profile))
     profile_of(pipeline.resources.profile).enter()
-    nodes = expand(pipeline, lines, path)
+    nodes = expand(pipeline, lines, path, absent)
     workdir = workdir_of(workdir, pipeline.resources, pipeline.name)
-    base = path.absolute().parent
     model_configs(pipeline, nodes, base=base)  # refuses shapes that do not fit, before anything runs
-    return Plan(
-        pipeline=pipeline, nodes=nodes, tasks=build_tasks(pipeline, nodes, workdir, base), base=base, workdir=workdir
-    )
+    tasks = {} if absent else build_tasks(pipeline, nodes, workdir, base)
+    return Plan(pipeline=pipeline, nodes=nodes, tasks=tasks, base=base, workdir=workdir)
 
 
 def dry_run(path: Path, workdir: Path | None, executor: str, profile: str | None, scale: str | None = None) -> None:
     """Print the stages in order with their inputs, parameters, tokens, FLOPs and estimated cost.
 
     With `slurm` print what would be submitted instead, whether there is a cluster or not.
+
+    Text and tokenizer need not be there yet: what is not is told.
     """
-    loaded = load(path, workdir, profile, scale)
+    absent: list[str] = []
+    loaded = load(path, workdir, profile, scale, absent)
     if executor == "slurm":
         from growmerge.on_cluster import print_scripts
 
+        if absent:
+            raise InputError(absent[0])
         todo = [name for name, task in loaded.tasks.items() if task.verb not in HERE and not task.done]
-        return print_scripts(submission(loaded, path, time.time()), todo)
+        print_scripts(submission(loaded, path, time.time()), todo)
+        return
     from growmerge.plan import plan, print_plan
 
-    return print_plan(plan(loaded.pipeline, loaded.nodes, base=loaded.base), loaded.pipeline)
+    print_plan(plan(loaded.pipeline, loaded.nodes, base=loaded.base), loaded.pipeline)
+    for line in absent:
+        print(f"not there yet: {line}")
 
 
 def submission(plan: Plan, path: Path, began: float) -> Any:

@@ -20,9 +20,11 @@ from eval.evaluate import evaluate_model
 from growmerge import __version__
 from growmerge.hub import place
 from growmerge.mixtures import prepared_sizes, training_order
+from growmerge.prepared import read_documents
 from growmerge.samples import bytes_seen, languages_of, open_corpora, samples, sequences_of
 from growmerge.schema_train import TrainConfig
 from growmerge.stages import DTYPES, scratch_config
+from growmerge.starts import kept_checkpoint
 from growmerge.texts import TOKENIZER_FILES
 from growmerge.training import RUN, STOPPED, plan_of
 from parallel.errors import InputError, one_of
@@ -30,7 +32,7 @@ from parallel.ranks import Ranks, device
 from train.batch import SampleAt
 from train.data.readers import Document
 from train.data.tokenizer import TextTokenizer, load_tokenizer
-from train.loop import last_checkpoint, train
+from train.loop import train
 from train.plan import RunPlan
 from upscale.factors import Recipe
 from upscale.grow import grow
@@ -123,11 +125,7 @@ def starting_model(config: TrainConfig, base: Path, tokenizer: TextTokenizer) ->
 def _branch(config: TrainConfig, base: Path) -> Path | None:
     if config.branch is None:
         return None
-    path = last_checkpoint(base / config.branch.run, config.branch.step)
-    if not path.is_dir():
-        known = sorted(one.name for one in path.parent.glob("step-*")) if path.parent.is_dir() else []
-        raise InputError(f"{path}: no such checkpoint; there are: {', '.join(known) or 'none'}")
-    return path
+    return kept_checkpoint(base / config.branch.run, config.branch.step)
 
 
 def _tokenizer_folder(config: TrainConfig, base: Path, branch: Path | None) -> Path:
@@ -179,11 +177,7 @@ def read_heldout(folder: Path, config: TrainConfig, languages: tuple[str, ...]) 
     found = {}
     for language in wanted:
         if language in there:
-            lines = there[language].read_text(encoding="utf-8").split("\n")[:-1]
-            records = [json.loads(line) for line in lines]
-            found[language] = tuple(
-                Document(id=record["id"], passages=tuple(record["text"].split("\n"))) for record in records
-            )
+            found[language] = read_documents(there[language])
     return {language: documents for language, documents in found.items() if documents}
 
 

@@ -3,12 +3,13 @@
 `growmerge.config` turns YAML into these and names file and line when it cannot. A field's docstring is its help text.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from growmerge.schema_eval import EvalTask
-from growmerge.schema_mixture import AnyMixture
+from growmerge.schema_mixture import AnyMixture, CorpusSize
 from merge.search_settings import Search
 
 DecayShape = Literal["linear", "sqrt", "cosine"]
@@ -44,6 +45,7 @@ MergeMethod = Literal[
 """As in merge/table.py, and `search` for the weights of one of them."""
 Labels = Literal["text", "sampled"]
 Precision = Literal["float32", "bfloat16"]
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 Kernels = Literal["auto", "torch"]
 Documents = Literal["packed", "masked"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -89,10 +91,23 @@ class Corpus:
 
     name: str
     """The language's name in the report."""
-    sources: tuple[TextSource, ...]
-    """Where its text comes from."""
+    sources: tuple[TextSource, ...] = ()
+    """Where its text comes from; none of a corpus that is in the `prepared` folder."""
     splits: Mapping[str, float] = field(default_factory=dict)
     """Shares of the training documents, by document, such as `{first: 0.8, rest: 0.2}`; used as `eng.first`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Corpora that `growmerge data prepare` makes: of any size, tokenised and with text held out."""
+
+    folder: str
+    """Where it puts them, relative to this YAML file."""
+    sizes: Mapping[str, CorpusSize] = field(default_factory=dict)
+    """Sizes of corpora (`swe`) and splits (`eng.first`) that are not there yet, for the dry run."""
+    sample_bytes: int = 5_000_000
+    """Text of each corpus and split, from documents all over it, for what goes by text and not by tokens: yardsticks,
+    statistics, acceptability pairs (bytes, UTF-8)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +122,17 @@ class HeldOut:
     """A training passage that shares a word n-gram of this length with held-out text is left out of training."""
 
 
+VOCABULARY = 2048
+"""Entries of a tokenizer that is trained, unless a file says otherwise."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """A tokenizer: trained here (byte-level BPE), or an existing one by path."""
 
-    vocab_size: int = 2048
-    """Entries of the vocabulary, special tokens included."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary, special tokens included: 2,048 by default of one that is trained; of an existing one,
+    what it has to have, so that a dry run knows it before the tokenizer is there."""
     train_on: tuple[str, ...] = ()
     """Corpora whose training text it is trained on; all of them by default."""
     path: str | None = None
@@ -135,6 +155,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
+    hidden_act: Activation = "silu"
+    """Of the gate in feed-forward blocks, as transformers names it; gelu is the exact one, by the error function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +176,8 @@ class Training:
     """How a run trains. Given once for all runs, and again in a stage where it differs."""
 
     steps: int | None = None
-    """Optimizer steps."""
+    """Optimizer steps; by default what the mixture comes to, where the sizes of its corpora are known beforehand: those
+    of the `prepared` folder."""
     sequence_length: int = 2048
     """Tokens in a sample."""
     global_batch: int = 8
@@ -177,9 +200,11 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; norms and biases are not decayed."""
+    """Decoupled decay of matrices and, unless said otherwise, embeddings."""
     decay_embeddings: bool = True
     """Whether embeddings are decayed as matrices are."""
+    decay_norms: bool = False
+    """Whether norms and biases are decayed, too."""
     clip: float = 1.0
     """Gradient norm at which gradients are clipped."""
     dynamics: Dynamics = "free"
@@ -239,6 +264,11 @@ class TrainStage:
     """Stage to start from, a checkpoint's path, or `scratch`."""
     data: str
     """Name of a mixture."""
+    at: int | None = None
+    """A decay branch: goes on from this step of the run `from`, which lies in its stable phase and is kept
+    (`keep_every`), with its optimizer and how it trains, and decays until `steps`."""
+    seed: int = 0
+    """Added to the pipeline's, for a run of its own."""
     training: Mapping[str, object] = field(default_factory=dict)
     """Keys of `training` that differ for this run."""
 
@@ -288,6 +318,8 @@ class GrowStage:
     optimizer: GrownOptimizer = "reset"
     """What the next training has of Adam's moments and step counts: none (a fresh optimizer), scaled as the gradients
     are, or scaled in the first copy and zero in the others (arXiv 2602.02472)."""
+    seed: int = 0
+    """Added to the pipeline's: of the shares and the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,14 +359,33 @@ class MergeStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Subsets:
+    """Every subset of some names, from the smallest to the largest."""
+
+    subsets: tuple[str, ...]
+    """The names."""
+    least: int = 2
+    """Names in a subset at least."""
+    most: int | None = None
+    """At most; all of them by default."""
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Each subset as its names, joined by +."""
+        sizes = range(self.least, (self.most or len(self.subsets)) + 1)
+        return tuple("+".join(names) for size in sizes for names in itertools.combinations(self.subsets, size))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage, or with `each` a grid of them: exactly one of the verbs."""
 
     train: TrainStage | None = None
     grow: GrowStage | None = None
     merge: MergeStage | None = None
-    each: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Variables and their values: the stage is repeated for every combination, `{variable}` filled in everywhere."""
+    each: Mapping[str, tuple[str, ...] | Subsets] = field(default_factory=dict)
+    """Variables and their values: the stage is repeated for every combination, `{variable}` filled in everywhere. A
+    subset is its names joined by +, and in a list an entry a name."""
 
 
 OWN_TASKS = {"text": "heldout", "corrupt": "pairs", "samples": "samples"}
@@ -391,6 +442,9 @@ class Study:
     adapted: str = "{setup}-{language}"
     joint: str = "{setup}-joint"
     merged: str = "{setup}-{method}"
+    branches: tuple[str, ...] = ()
+    """Further models of the adaptations, decayed earlier, and repeats with other seeds: templates with {setup} and
+    {language}, other variables with all their values. Compared at equal tokens and at equal FLOPs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,6 +493,8 @@ class Pipeline:
     """Everything random follows from it."""
     corpora: Mapping[str, Corpus]
     """Text by language code (ISO 639-3)."""
+    prepared: Prepared | None = None
+    """Where the corpora are that have no `sources`."""
     heldout: HeldOut = field(default_factory=HeldOut)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig | None = None

@@ -10,7 +10,7 @@ from growmerge.config import merged_training
 from growmerge.graph import Node
 from growmerge.hub import place
 from growmerge.rules import merge_method
-from growmerge.schema import GrowStage, MergeStage, ModelConfig, Pipeline, TrainStage
+from growmerge.schema import VOCABULARY, GrowStage, MergeStage, ModelConfig, Pipeline, TrainStage
 from merge.search_settings import SEARCH
 from merge.table import statistic_of
 from parallel.errors import InputError
@@ -77,11 +77,16 @@ def _config(pipeline: Pipeline, node: Node, configs: Mapping[str, Config], base:
 
 
 def recipe_of(stage: GrowStage, seed: int) -> Recipe:
-    """Return how a stage grows."""
-    given = {key: value for key, value in asdict(stage).items() if key not in ("from_", "optimizer", "width")}
+    """Return how a stage grows.
+
+    Args:
+        seed: the pipeline's.
+    """
+    own = asdict(stage)
+    given = {key: value for key, value in own.items() if key not in ("from_", "optimizer", "width", "seed")}
     else_grown = stage.depth or stage.experts or any(value for key, value in given.items() if key.startswith("to_"))
     width = (1 if else_grown else 2) if stage.width is None else stage.width
-    return Recipe(width=width, state=stage.optimizer, seed=seed, **given)
+    return Recipe(width=width, state=stage.optimizer, seed=seed + own.get("seed", 0), **given)
 
 
 def parameters(config: Config) -> int:
@@ -103,11 +108,24 @@ def vocabulary(pipeline: Pipeline, base: Path) -> int:
     """Return the tokenizer's number of entries: what is asked for, or those of an existing one's tokenizer.json.
 
     Raises:
-        InputError: an existing tokenizer that cannot be read.
+        InputError: an existing tokenizer that cannot be read, or has not as many entries as the file says.
     """
+    asked = pipeline.tokenizer.vocab_size
     if pipeline.tokenizer.path is None:
-        return pipeline.tokenizer.vocab_size
-    path = place(base, pipeline.tokenizer.path) / "tokenizer.json"
+        return asked or VOCABULARY
+    try:
+        path = place(base, pipeline.tokenizer.path) / "tokenizer.json"
+        entries = _entries(path)
+    except InputError:
+        if asked is None:
+            raise
+        return asked  # it is not there yet
+    if asked not in (None, entries):
+        raise InputError(f"{path}: has {entries} entries, tokenizer.vocab_size says {asked}")
+    return entries
+
+
+def _entries(path: Path) -> int:
     data = _read_json(path)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None

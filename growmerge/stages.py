@@ -21,12 +21,13 @@ from growmerge import __version__
 from growmerge.cards import card
 from growmerge.config import merged_training
 from growmerge.context import Context
-from growmerge.mixtures import pipeline_order, prepared_sizes
+from growmerge.mixtures import pipeline_order
+from growmerge.prepared import corpus_sizes, token_file
 from growmerge.resolved import corpora_of
-from growmerge.samples import bytes_seen, open_corpora, samples, sequences_of
+from growmerge.samples import bytes_seen, samples, sequences_of
 from growmerge.schema import GrowStage, TrainStage
 from growmerge.shapes import recipe_of
-from growmerge.starts import keeps_optimizer, starting_source
+from growmerge.starts import keeps_optimizer, kept_checkpoint, starting_source
 from growmerge.tasks import TOPOLOGY, WITHOUT_RESULT, Task, trained_languages
 from growmerge.texts import described, heldout_documents, tokenizer_of
 from parallel.errors import InputError, Stopped
@@ -50,9 +51,8 @@ def do_train(context: Context, task: Task) -> None:
     chosen = merged_training(context.pipeline, context.train_stage(task.name))
     kept = (*WITHOUT_RESULT, *TOPOLOGY)
     plan = RunPlan(**{**how, "betas": tuple(how["betas"]), **{key: getattr(chosen, key) for key in kept}})
-    data, mixtures, tokens = config["data"], context.pipeline.mixtures, context.folder("tokens")
-    sizes = prepared_sizes(tokens)
-    files = open_corpora(tokens, corpora_of(data, mixtures))
+    data, mixtures, sizes = config["data"], context.pipeline.mixtures, corpus_sizes(context)
+    files = {name: token_file(context, name) for name in corpora_of(data, mixtures)}
     order = pipeline_order(
         data,
         mixtures,
@@ -89,6 +89,8 @@ def do_train(context: Context, task: Task) -> None:
             )
         return source
 
+    at = config.get("at")
+    branch = kept_checkpoint(context.folder(config["from_"]), at) if at is not None else None
     hf_config = dict(start().config)
     result = train(
         start,
@@ -103,6 +105,7 @@ def do_train(context: Context, task: Task) -> None:
         corpora=corpora,
         bytes_seen=bytes_seen(order, files, length=plan.sequence_length),
         keep_optimizer=keeps_optimizer(context, config["from_"]),
+        branch_from=branch,
         about={"name": task.name, "training": how, "mixture": config["mixture"]},
     )
     if result.stopped is not None:
@@ -114,7 +117,7 @@ def do_train(context: Context, task: Task) -> None:
 
 def scratch_config(model: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
     """Return the Hugging Face config of a model from scratch."""
-    keys = {key: value for key, value in model.items() if key not in ("family", "rope_theta")}
+    keys = {"hidden_act": "silu"} | {key: value for key, value in model.items() if key not in ("family", "rope_theta")}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": model["family"],
@@ -122,7 +125,6 @@ def scratch_config(model: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[s
         "head_dim": model["hidden_size"] // model["num_attention_heads"],
         "rope_parameters": {"rope_theta": model["rope_theta"], "rope_type": "default"},
         "vocab_size": tokenizer.vocab_size,
-        "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": tokenizer.bos,
@@ -135,7 +137,7 @@ def do_grow(context: Context, task: Task) -> None:
     config = task.config
     stage = context.nodes[task.name].stage
     assert isinstance(stage, GrowStage), f"{task.name} does not grow"
-    recipe = recipe_of(stage, config["seed"])
+    recipe = recipe_of(stage, context.pipeline.seed)
 
     def action() -> None:
         small = open_checkpoint(context.model(config["from_"]))

@@ -1,6 +1,7 @@
 """What a training starts from: a model's folder, or what growth makes of a run's checkpoint with its optimizer."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from checkpoint.open import open_checkpoint
 from checkpoint.source import Source
@@ -21,6 +22,19 @@ def starting_source(context: Context, name: str, dynamics: str) -> Source:
     if dynamics == "free" and not keeps_optimizer(context, name):
         return open_checkpoint(context.model(name))
     return _with_optimizer(context, name)
+
+
+def kept_checkpoint(run: Path, step: int) -> Path:
+    """Return the checkpoint that a run has kept of a step.
+
+    Raises:
+        InputError: it has kept none.
+    """
+    path = last_checkpoint(run, step)
+    if not path.is_dir():
+        known = sorted(one.name for one in path.parent.glob("step-*")) if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such checkpoint; there are: {', '.join(known) or 'none'}")
+    return path
 
 
 def keeps_optimizer(context: Context, name: str) -> bool:

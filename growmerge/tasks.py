@@ -13,12 +13,13 @@ from typing import Any
 
 from checkpoint import manifest
 from growmerge.config import merged_training
-from growmerge.graph import Node, is_path
+from growmerge.graph import Node
 from growmerge.hub import PREFIX, place
 from growmerge.places import files_of
+from growmerge.references import is_path
 from growmerge.resolved import corpora_of, resolved
 from growmerge.rules import merge_method, merge_parameters
-from growmerge.schema import Corpus, MergeStage, Pipeline, TrainStage
+from growmerge.schema import VOCABULARY, Corpus, MergeStage, Pipeline, TrainStage
 from merge.search_settings import SEARCH
 from merge.table import statistic_of
 from parallel.errors import InputError
@@ -46,6 +47,10 @@ ADDED: Mapping[str, Any] = {
     "schedule": "wsd",
     "floor": 0.0,
     "decay_embeddings": True,
+    "decay_norms": False,
+    "hidden_act": "silu",
+    "at": None,
+    "branches": (),
     "documents": "packed",
     "alarms": {},
     "zero": 3,
@@ -114,8 +119,10 @@ def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, ba
 
     corpora = {language: _content(corpus) for language, corpus in pipeline.corpora.items()}
     text = {"corpora": corpora, "heldout": asdict(pipeline.heldout), "seed": pipeline.seed}
+    if pipeline.prepared is not None:
+        text["prepared"] = {"sample_bytes": pipeline.prepared.sample_bytes, "stamps": _prepared_stamps(pipeline, base)}
     add("text", "text", {**text, "files": _stamps(pipeline, base)}, ())
-    tokenizer = asdict(pipeline.tokenizer)
+    tokenizer = asdict(pipeline.tokenizer) | {"vocab_size": pipeline.tokenizer.vocab_size or VOCABULARY}
     add("tokens", "tokens", {"tokenizer": tokenizer, "stamp": _path_stamp(pipeline.tokenizer.path, base)}, ("text",))
     add("pairs", "pairs", {"pairs": pipeline.evaluation.pairs, "seed": pipeline.seed}, ("text",))
     for node in nodes.values():
@@ -138,7 +145,7 @@ def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, ba
     shown = {
         "name": pipeline.name,
         "title": pipeline.title,
-        "study": asdict(pipeline.study) if pipeline.study else None,
+        "study": _without_added(pipeline.study) if pipeline.study else None,
         "checks": [asdict(check) for check in pipeline.checks],
         "evaluation": asdict(pipeline.evaluation),
         "corpora": {language: asdict(corpus) for language, corpus in pipeline.corpora.items()},
@@ -182,7 +189,8 @@ def _asked(pipeline: Pipeline, base: Path) -> dict[str, Any]:
 
 
 def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
-    config = {**_without_added(node.stage), "seed": pipeline.seed, "precision": pipeline.training.precision}
+    seed = pipeline.seed + (0 if isinstance(node.stage, MergeStage) else node.stage.seed)
+    config = {**_without_added(node.stage), "seed": seed, "precision": pipeline.training.precision}
     named = [config["from_"]] if isinstance(config["from_"], str) else list(config["from_"])
     paths = [name for name in [*named, config.get("base")] if name and name not in (*node.inputs, "scratch")]
     config["stamps"] = {path: _path_stamp(path, base) for path in paths}
@@ -205,7 +213,7 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
         config["evaluation"] = {key: _evaluation(pipeline)[key] for key in ("window", "stride")}
         config["evaluation"]["languages"] = _scored_languages(pipeline, node.stage)
         if node.stage.from_ == "scratch" and pipeline.model is not None:
-            config["model"] = asdict(pipeline.model)
+            config["model"] = _without_added(pipeline.model)
     return config
 
 
@@ -261,6 +269,15 @@ def _path_stamp(path: str | None, base: Path) -> Any:
     if manifest.is_complete(folder):
         return manifest.digest(manifest.read_manifest(folder))
     return [[name.name, name.stat().st_size, name.stat().st_mtime_ns] for name in sorted(folder.glob("*"))]
+
+
+def _prepared_stamps(pipeline: Pipeline, base: Path) -> dict[str, Any]:
+    """Sizes and times of what says what is in the prepared folder."""
+    assert pipeline.prepared is not None, "asked for where there is one"
+    folder = base / pipeline.prepared.folder
+    paths = {name: folder / f"{name}.json" for name, corpus in pipeline.corpora.items() if not corpus.sources}
+    stats = {name: path.stat() for name, path in paths.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _stamps(pipeline: Pipeline, base: Path) -> list[Any]:

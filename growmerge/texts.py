@@ -8,8 +8,11 @@ from typing import Any
 from checkpoint.files import read_json, write_bytes, write_json
 from eval.pairs import Pair, make_pairs
 from growmerge.context import Context
-from growmerge.graph import is_path
 from growmerge.hub import place
+from growmerge.prepared import prepared_text
+from growmerge.references import is_path
+from growmerge.rules_pipeline import parts
+from growmerge.schema import VOCABULARY
 from growmerge.tasks import LABELS, Task
 from growmerge.tokenizer_report import read_text
 from parallel.errors import InputError
@@ -21,13 +24,16 @@ from train.data.tokens import write_tokens
 
 
 def do_text(context: Context, task: Task) -> None:
+    corpora = context.pipeline.corpora
     texts = build_corpora(
-        context.pipeline.corpora,
+        {language: corpus for language, corpus in corpora.items() if corpus.sources},
         context.pipeline.heldout,
         seed=context.pipeline.seed,
         cache=default_cache(),
         base_dir=context.base,
     )
+    for language in [language for language, corpus in corpora.items() if not corpus.sources]:
+        texts[language] = prepared_text(context.pipeline, language, context.base)
     for language, text in texts.items():
         if len(text.heldout) < 2:
             raise InputError(
@@ -39,12 +45,8 @@ def do_text(context: Context, task: Task) -> None:
 
 def do_tokens(context: Context, task: Task) -> None:
     pipeline = context.pipeline
-    # All of them, used or not: what a mixture names does not belong to this task's key.
-    names = [
-        name
-        for language, corpus in pipeline.corpora.items()
-        for name in (language, *(f"{language}.{split}" for split in corpus.splits))
-    ]
+    # All of them, used or not: what a mixture names does not belong to this task's key. Those prepared stay there.
+    names = [name for name in parts(pipeline) if pipeline.corpora[name.partition(".")[0]].sources]
     corpora = {language: read_corpus(context.folder("text"), language) for language in pipeline.corpora}
     target = task.folder / "tokenizer"
 
@@ -54,7 +56,7 @@ def do_tokens(context: Context, task: Task) -> None:
             return
         languages = pipeline.tokenizer.train_on or tuple(corpora)
         texts = [document.text for language in languages for document in corpora[language].training]
-        train_tokenizer(texts, vocab_size=pipeline.tokenizer.vocab_size, folder=target)
+        train_tokenizer(texts, vocab_size=pipeline.tokenizer.vocab_size or VOCABULARY, folder=target)
 
     context.once(make_tokenizer)
     tokenizer = load_tokenizer(target)
@@ -121,6 +123,8 @@ def described(context: Context, language: str) -> dict[str, Any]:
     """Return what is kept of a corpus, with the labels that the pipeline file gives its sources now."""
     corpus = context.pipeline.corpora[language]
     metadata = read_corpus(context.folder("text"), language).metadata
+    if not corpus.sources:
+        return {**metadata, "name": corpus.name}
     labels = [{key: getattr(source, key) for key in LABELS} for source in corpus.sources]
     sources = [{**found, **label} for found, label in zip(metadata["sources"], labels, strict=True)]
     return {**metadata, "name": corpus.name, "sources": sources}

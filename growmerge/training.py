@@ -25,7 +25,13 @@ RUN = "run.json"
 """What a run's folder says of itself: its configuration, and whether it is finished."""
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
-"""torchrun's variables, and srun's."""
+ADDED = (
+    ("grow", "experts", None),
+    ("grow", "experts_per_token", None),
+    ("shape", "hidden_act", "silu"),
+    ("training", "decay_norms", False),
+)
+"""Keys that the first versions did not have, by the part of the file, with what stands for what those did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +151,9 @@ def _key(config: TrainConfig) -> str:
     content["training"] = {key: value for key, value in content["training"].items() if key not in WITHOUT_RESULT}
     for name in TOPOLOGY:
         del content["training"][name]
-    for name in ("experts", "experts_per_token"):  # without them a run has the key that it had before there were any
-        if content["grow"] is not None and content["grow"][name] is None:
-            del content["grow"][name]
+    for part, name, value in ADDED:  # without them a run has the key that it had before there were any
+        if content[part] is not None and content[part][name] == value:
+            del content[part][name]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

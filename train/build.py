@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from checkpoint.source import FACTORS, Group, Source
-from parallel.families import NORMS, Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 from parallel.mesh import Mesh
+from parallel.rows import NORMS
 
 DYNAMICS: dict[str, tuple[str, ...]] = {
     "preserve": FACTORS,
@@ -33,8 +35,9 @@ def parameter_groups(
     eps: float,
     dynamics: str = "free",
     decay_embeddings: bool = True,
+    decay_norms: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return AdamW's groups by name: matrices and embeddings are decayed, norms and biases are not.
+    """Return AdamW's groups by name: what is decayed, such as matrices, and what is not.
 
     Each is divided further by the factors of the source's groups that `dynamics` applies; they stay in the group, so
     that a checkpoint keeps them.
@@ -42,9 +45,13 @@ def parameter_groups(
     Args:
         named: this rank's parameters by Hugging Face name.
         decay_embeddings: whether embeddings (and a head of its own) are decayed, too.
+        decay_norms: whether norms and biases are.
     """
     table = family_of(source.config).tensors(source.config)
-    undecayed = (*NORMS, "bias", "norm_bias", *(() if decay_embeddings else ("embedding", "head")))
+    undecayed = {
+        *(() if decay_norms else (*NORMS, "bias", "norm_bias")),
+        *(() if decay_embeddings else ("embedding", "head")),
+    }
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named.items():
         kept = table[name].kind in undecayed

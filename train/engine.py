@@ -209,6 +209,7 @@ class Engine:
             eps=config.eps,
             dynamics=config.dynamics,
             decay_embeddings=config.decay_embeddings,
+            decay_norms=config.decay_norms,
         )
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         mpu = self._sequence.mpu if self._sequence else None

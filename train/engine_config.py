@@ -26,6 +26,7 @@ class EngineConfig:
     dynamics: str = "free"
     """Which of the factors that growth gave the source's groups are applied, a key of DYNAMICS."""
     decay_embeddings: bool = True
+    decay_norms: bool = False
     zero: int = 3
     """ZeRO stage: what is cut over the ranks (1: the optimizer's state, 2: gradients too, 3: weights too)."""
     mesh: Mesh = field(default_factory=Mesh)

@@ -73,6 +73,8 @@ def use_kernels(model: Any, kernels: str) -> Callable[[], None]:
     patched = vars(sys.modules[type(model).__module__])
     before = dict(patched)
     ours = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # see give_losses
+    # Liger would compute silu, whatever a model that exists already is made of.
+    ours["swiglu"] = getattr(model.config, "hidden_act", "silu") in ("silu", "swish")
     _apply_liger_kernel_to_instance(model=model, **ours)
     return lambda: patched.update(before)
 

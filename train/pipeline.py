@@ -200,6 +200,7 @@ class PipelineEngine:
             eps=config.eps,
             dynamics=config.dynamics,
             decay_embeddings=config.decay_embeddings,
+            decay_norms=config.decay_norms,
         )
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))

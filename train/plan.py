@@ -32,6 +32,7 @@ class RunPlan:
     eps: float
     weight_decay: float
     decay_embeddings: bool = True
+    decay_norms: bool = False
     clip: float
     precision: str
     documents: str = "packed"
@@ -107,7 +108,7 @@ class RunPlan:
 
 
 SAME = (
-    *("lr", "betas", "eps", "weight_decay", "clip", "precision", "dynamics", "decay_embeddings"),
+    *("lr", "betas", "eps", "weight_decay", "clip", "precision", "dynamics", "decay_embeddings", "decay_norms"),
     *("zero", "sequence_length", "recompute", "compile", "kernels"),
 )
 """Fields of the engine's config that a plan has by the same name."""

@@ -90,11 +90,9 @@ def exact_split(block: torch.Tensor, copies: int, uniform: Uniform) -> list[torc
         share = rest
         if left > 1:
             share = uniform(level).mul_(4 * SPREAD / left).add_((1 - 2 * SPREAD) / left).mul_(rest).round_()
-            rest = rest - share
-        part = share * unit
-        if not finite:
-            part = torch.where(torch.isfinite(whole), part, whole)
-        shares.append(part.to(block.dtype))
+            rest.sub_(share)
+        part = share.mul_(unit).to(block.dtype)
+        shares.append(part if finite else torch.where(torch.isfinite(block), part, block))
     return shares
 
 

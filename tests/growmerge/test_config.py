@@ -47,7 +47,7 @@ ERRORS = [
     ("seed: 3", "sed: 3", "2: unknown key 'sed': allowed are name, title, seed,*; did you mean 'seed'?"),
     ("name: English", "nam: English", "5: corpora.eng: unknown key 'nam': allowed are name, sources, splits;*'name'?"),
     ("name: small\n", "", "1: the key 'name' is missing; needed are name, corpora, mixtures, stages"),
-    ("    name: English\n", "", "4: corpora.eng: the key 'name' is missing; needed are name, sources"),
+    ("    name: English\n", "", "4: corpora.eng: the key 'name' is missing; needed are name"),
     ("seed: 3", "seed: 3\nname: b", "3: the key 'name' is given twice; the first is in line 1"),
     ("  swe:\n    n", "  no:\n    n", "9: the key 'no' is read as bool by YAML: write it in quotes"),
     ("name: small", "1: b", "1: the key '1' is read as int by YAML: write it in quotes"),
@@ -143,7 +143,7 @@ ERRORS = [
         "46: evaluation.stride: 65 is not shorter than the window of 64 tokens",
     ),
     # text
-    ("- files: texts/eng/*.txt", "[]", "7: corpora.eng.sources: language without text: the list of sources is empty"),
+    ("- files: texts/eng/*.txt", "[]", "4: corpora.eng: language without text: no `sources`, and no `prepared` folder*"),
     ("- files: texts/eng/*.txt", "- {}", "8: corpora.eng.sources.0: no text: it needs `files` (a glob) or `package`"),
     (", files: sv.json", "", "12: corpora.swe.sources.0: no text: it needs `files`: which files of the wheel"),
     ("*.txt", "*.txt\n        sha256: ab", "9: corpora.eng.sources.0.sha256: has a meaning for a `package` alone,*"),
