@@ -24,7 +24,8 @@ from checkpoint.torch_bin import COMPUTED
 from checkpoint.torch_dist_files import is_torch_dist
 from checkpoint.zero_files import FROZEN, config_of
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 BUFFERS = (*COMPUTED, "freqs_cis")
 """Endings of entries that are no weights: the config gives them."""

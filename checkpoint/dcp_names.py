@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from parallel.errors import InputError
-from parallel.families import LLAMA, Tensor, family_of
+from parallel.families import LLAMA, family_of
+from parallel.rows import Tensor
 
 QUERY = "model.layers.{layer}.self_attn.q_proj.weight"
 FUSED = "layers.{layer}.attention.qkv_linear.wqkv.weight"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoint.source import Box, full_box
-from parallel.families import Family
+from parallel.family import Family
 
 EXPERT = "{expert}"
 

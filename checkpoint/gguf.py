@@ -22,7 +22,9 @@ from checkpoint.nanotron import interleaved_rows
 from checkpoint.safetensors import Stored, map_file, tensor_in
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
 from parallel.errors import InputError
-from parallel.families import NORMS, Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
+from parallel.rows import NORMS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import torch
 
 from checkpoint.gguf_files import Model
 from parallel.errors import InputError, one_of
-from parallel.families import Tensor
+from parallel.rows import Tensor
 
 ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),

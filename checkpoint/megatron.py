@@ -21,7 +21,8 @@ from checkpoint.megatron_optim import state_of
 from checkpoint.megatron_shards import Shards, local_shape
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, row_major_tiles
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 Held = list[dict[str, dict[Slot, torch.Tensor]]]
 """By tensor-parallel rank: parameter -> slot -> shard."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import InputError
-from parallel.families import FAMILIES, Family
+from parallel.families import FAMILIES
+from parallel.family import Family
 
 SIZES = {
     "num_layers": "num_hidden_layers",

@@ -19,7 +19,8 @@ from typing import Any
 from checkpoint.megatron_arguments import arguments_of, config_of
 from checkpoint.tensor_parallel import DIMS
 from parallel.errors import InputError
-from parallel.families import Family, Tensor
+from parallel.family import Family
+from parallel.rows import Tensor
 
 __all__ = ["Parameter", "Piece", "arguments_of", "config_of", "parameters_of"]
 

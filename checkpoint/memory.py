@@ -12,7 +12,9 @@ import torch
 
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
 from parallel.errors import InputError
-from parallel.families import NORMS, Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
+from parallel.rows import NORMS
 
 
 def infos_of(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Info]:

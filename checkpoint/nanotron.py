@@ -26,7 +26,8 @@ from checkpoint.nanotron_optim import Optimizer, open_optimizer
 from checkpoint.nanotron_shards import Shards, find_shards, mapped, matrix
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, row_major_tiles
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 METADATA = "checkpoint_metadata.json"
 LATEST = "latest.txt"

@@ -12,7 +12,7 @@ from typing import Any
 from checkpoint.files import read_json
 from checkpoint.tensor_parallel import DIMS
 from parallel.errors import InputError
-from parallel.families import Family
+from parallel.family import Family
 
 MODEL_CONFIG = "model_config.json"
 OUTSIDE = {

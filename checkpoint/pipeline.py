@@ -17,7 +17,8 @@ import torch
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
 from checkpoint.zero12 import MODEL, Zero12Source, open_ranks
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)

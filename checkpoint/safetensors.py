@@ -23,7 +23,8 @@ from checkpoint.layout import FilePlan, Fragment
 from checkpoint.memory import infos_of
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, row_major_tiles
 from parallel.errors import InputError, one_of
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
-from parallel.families import Family
+from parallel.family import Family
 
 Slot = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 SLOTS: tuple[Slot, ...] = ("weight", "master", "exp_avg", "exp_avg_sq")

@@ -22,7 +22,7 @@ import torch
 
 from checkpoint.source import Box, Info, Slot, Source, Wrapped, box_shape, full_box, row_major_tiles
 from parallel.errors import InputError
-from parallel.families import Split
+from parallel.rows import Split
 
 DIMS: dict[Split, int] = {"column": 0, "vocab": 0, "row": 1}
 """The dim that a split cuts."""

@@ -26,7 +26,8 @@ from checkpoint.torch_dist_keys import Found, Rows, by_layer, find, flat_part, r
 from checkpoint.torch_dist_optim import MOMENTS, Groups, groups_in, in_buckets, prefixes_in, refuse_unknown_state
 from checkpoint.zero_files import FROZEN
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ from checkpoint.shard import STATE_SLOTS, numel
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_tiles
 from checkpoint.zero_files import FROZEN, config_of, groups_of, model_name, run_of
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 FILES: dict[Slot, str] = {"master": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
 """The file of each slot, in the folder of its tensor."""

@@ -18,7 +18,8 @@ from checkpoint.source import Box, Group, Info, Map, RunState, Slot, row_major_t
 from checkpoint.zero12 import MODEL
 from checkpoint.zero_files import PARAMETER_NAMES, config_of, groups_of, run_of
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)

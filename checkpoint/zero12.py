@@ -25,7 +25,8 @@ from checkpoint.source import Box, Group, Info, Map, RunState, Slot, Source, box
 from checkpoint.zero3_tp import TensorParallelSource
 from checkpoint.zero_files import FROZEN, PARAMETER_NAMES, config_of, groups_of, load_model, optim_name, run_of
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 
 def whole_name(rank: int = 0) -> str:

@@ -22,7 +22,8 @@ from checkpoint.shard import STATE_SLOTS, SubGroup, Topology, flat_runs, numel, 
 from checkpoint.source import Box, Group, Info, Map, RunState, Slot, box_shape, row_major_tiles
 from checkpoint.zero_files import FROZEN, config_of, groups_of, load_model, model_name, optim_name, run_of
 from parallel.errors import InputError
-from parallel.families import Family, family_of
+from parallel.families import family_of
+from parallel.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,9 @@ from checkpoint.tensor_parallel import DIMS, Cut
 from checkpoint.zero3 import open_rank
 from checkpoint.zero_files import load_model, model_name
 from parallel.errors import InputError
-from parallel.families import Family, Split, family_of
+from parallel.families import family_of
+from parallel.family import Family
+from parallel.rows import Split
 
 
 def bounds(shape: Sequence[int], split: Split, pieces: Sequence[Sequence[int]]) -> Cut | None:

@@ -22,7 +22,8 @@ from merge.stack import Order, Stack, Stats
 from merge.sums import merged_of
 from merge.table import METHODS
 from parallel.errors import InputError, one_of
-from parallel.families import Family, Kind
+from parallel.family import Family
+from parallel.rows import Kind
 
 EXPERTS = ("num_experts_per_tok", "norm_topk_prob")
 SAME = (

@@ -16,7 +16,8 @@ from merge.settings import check_count, check_together, checked
 from merge.stack import Order
 from merge.table import METHODS, Parameter
 from parallel.errors import InputError
-from parallel.families import Family, Tensor
+from parallel.family import Family
+from parallel.rows import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

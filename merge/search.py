@@ -19,7 +19,7 @@ from eval.score import Request, token_logprobs, total
 from merge.merge import MergedSource
 from merge.search_settings import Search
 from merge.stack import Order
-from parallel.families import Tensor
+from parallel.rows import Tensor
 
 BATCH = 4096
 """Tokens of a batch at most, padding included."""

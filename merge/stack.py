@@ -15,7 +15,7 @@ from merge.sparsify import Kept, Sparsifier
 from merge.sums import Summed
 from merge.threshold import WINDOW, windows
 from parallel.errors import InputError
-from parallel.families import Kind
+from parallel.rows import Kind
 
 if TYPE_CHECKING:  # it takes seconds to import
     from merge.gram import Gram

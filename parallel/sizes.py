@@ -6,8 +6,9 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from parallel.families import NORMS, family_of
+from parallel.families import family_of
 from parallel.mesh import Mesh
+from parallel.rows import NORMS
 
 PERSISTENT = 10**6
 """ZeRO-3 leaves tensors of up to so many elements whole on every rank; as `train.engine.PERSISTENT`."""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from parallel.errors import InputError
-from parallel.families import NORMS, Tensor, family_of
+from parallel.families import family_of
 from parallel.gpus import PEAK_FLOPS as PEAK_FLOPS
 from parallel.gpus import peak_flops as peak_flops
+from parallel.rows import NORMS, Tensor
 from parallel.timing import flops_per_token as flops_per_token
 from upscale.factors import AxisGrowth, Recipe, axis_growths
 from upscale.verify import clone_asymmetry

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from checkpoint.source import Box, Info, Map, Slot, Source, Wrapped
-from parallel.families import NORMS, Tensor
+from parallel.rows import NORMS, Tensor
 from upscale.layers import Block, deep_config
 
 

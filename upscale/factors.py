@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from parallel.errors import InputError, one_of
-from parallel.families import JOINED, Tensor, family_of
+from parallel.families import family_of
+from parallel.rows import JOINED, Tensor
 from upscale.layers import Block, blocks_of, deep_config
 from upscale.siblings import moe_config
 from upscale.sizes import Sizes, padded_config

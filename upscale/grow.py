@@ -28,7 +28,8 @@ from checkpoint.source import (
 )
 from checkpoint.streams import normal_at, uniform_at
 from parallel.errors import InputError, one_of
-from parallel.families import NORMS, Family, Tensor
+from parallel.family import Family
+from parallel.rows import NORMS, Tensor
 from upscale.depth import deepen
 from upscale.factors import AxisGrowth, Recipe, Run, axis_growths, copied_config, divided_dim
 from upscale.pad import pad

@@ -25,7 +25,9 @@ import torch
 
 from checkpoint.source import SLOTS, Box, Info, Map, Slot, Source, Wrapped, box_shape, empty_box, row_major_tiles
 from checkpoint.streams import normal_at
-from parallel.families import JOINED, NORMS, Family, Tensor, family_of
+from parallel.families import family_of
+from parallel.family import Family
+from parallel.rows import JOINED, NORMS, Tensor
 from upscale.sizes import Sizes, padded_config, sizes_of
 
 Values = dict[Slot, torch.Tensor]

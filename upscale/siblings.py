@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parallel.errors import InputError
-from parallel.families import MIXTRAL, PER_TOKEN, QWEN2_MOE, QWEN3_MOE, Family, family_of
+from parallel.families import MIXTRAL, QWEN2_MOE, QWEN3_MOE, family_of
+from parallel.family import PER_TOKEN, Family
 
 MOST_EXPERTS = 10_000
 THETA = 10_000.0

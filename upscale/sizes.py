@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from parallel.errors import InputError
-from parallel.families import JOINED, family_of
+from parallel.families import family_of
+from parallel.rows import JOINED
 
 KEYS = {
     "hidden": "hidden_size",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoint.source import FACTORS, Group, Slot
-from parallel.families import Tensor
+from parallel.rows import Tensor
 from upscale.factors import AxisGrowth, divided_dim, residual_scale
 
 

@@ -18,7 +18,9 @@ import torch
 
 from checkpoint.source import Box, Info, Map, Slot, Source, Wrapped, box_shape, row_major_tiles
 from checkpoint.streams import normal_at
-from parallel.families import Family, Tensor, family_of
+from parallel.families import family_of
+from parallel.family import Family
+from parallel.rows import Tensor
 from upscale.siblings import moe_config
 
 DOWN = "experts.down_proj"

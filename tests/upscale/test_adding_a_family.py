@@ -14,7 +14,7 @@ import parallel.families
 from checkpoint.open import open_checkpoint
 from growmerge.cli import main
 from parallel.errors import InputError
-from parallel.families import Family
+from parallel.family import Family
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-family.md"
 IDS = torch.randint(0, 40, (3, 17), generator=torch.Generator().manual_seed(9))

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from tiny import tiny_config
 from tokenizers import AddedToken, Tokenizer
 
-from parallel.families import NORMS, family_of
+from parallel.families import family_of
+from parallel.rows import NORMS
 from train.data.tokenizer import train_tokenizer
 
 NAMES = ("base", "swe", "est", "fin")
