@@ -9,7 +9,7 @@ from pathlib import Path
 
 from growmerge.config import VARIABLE, Marks
 from growmerge.grids import Draft, Verb, fill, grid
-from growmerge.references import absences, branched, check_stage, check_used, inputs_of
+from growmerge.references import absences, branched, check_bases, check_stage, check_used, inputs_of
 from growmerge.schema import Check, GrowStage, MergeStage, Pipeline, Study, TrainStage
 from parallel.errors import InputError, one_of
 
@@ -67,6 +67,7 @@ def expand(pipeline: Pipeline, marks: Marks, path: Path, absent: list[str] | Non
     for draft in drafts.values():
         check_stage(draft, drafts, pipeline, folder)
     check_used(drafts.values(), marks)
+    check_bases(drafts, inputs)
     for error in absences(pipeline, marks, folder):
         if absent is None:
             raise error

@@ -68,6 +68,7 @@ def do_merge(context: Context, task: Task) -> None:
             parameters=parameters,
             names=config["from_"],
             seed=config["seed"],
+            allow_unrelated=config.get("allow_unrelated", False),
         )
         for note in merged.notes:
             context.report({"event": "note", "stage": task.name, "text": note})

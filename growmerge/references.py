@@ -1,7 +1,7 @@
 """What a pipeline's stages name: checked to be there and to fit, with the file's line where it does not."""
 
 import glob
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -200,6 +200,33 @@ def _check_merge(draft: Draft, stage: MergeStage, pipeline: Pipeline, folder: Pa
             raise draft.marks.error(draft.key(key), f"{line} (a file's path needs a /)")
     if stage.method == SEARCH and find_spec("cma") is None:
         raise draft.marks.error(draft.key("method"), "cma is not installed: pip install 'growmerge[search]'")
+
+
+def check_bases(drafts: Mapping[str, Draft], inputs: Mapping[str, Sequence[str]]) -> None:
+    """Check that the models of merges stem from their base, as far as the file says where they come from."""
+    for draft in drafts.values():
+        stage = draft.stage.merge
+        if stage and not stage.allow_unrelated and (others := unrelated(stage, inputs)):
+            line = f"{others[0]} was not trained from {stage.base}: name what it was, or give allow_unrelated: true"
+            raise draft.marks.error(draft.key("base"), line)
+
+
+def unrelated(stage: MergeStage, inputs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the stages that a merge takes and that do not go back to its base; none if its method goes by no base."""
+    if stage.base not in inputs or METHODS[merge_method(stage)].base == "none":
+        return []
+    return [name for name in stage.from_ if name in inputs and stage.base not in _ancestors(name, inputs)]
+
+
+def _ancestors(name: str, inputs: Mapping[str, Sequence[str]]) -> set[str]:
+    """Return a stage and all that it goes back to."""
+    found, left = {name}, [name]
+    while left:
+        for one in inputs[left.pop()]:
+            if one not in found:
+                found.add(one)
+                left.append(one)
+    return found
 
 
 def check_used(drafts: Iterable[Draft], marks: Marks) -> None:

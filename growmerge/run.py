@@ -13,6 +13,7 @@ from growmerge.config import load_pipeline
 from growmerge.events import EventLog
 from growmerge.graph import Node, expand
 from growmerge.lengths import with_sizes
+from growmerge.lint import notes
 from growmerge.schema import Pipeline
 from growmerge.shapes import model_configs
 from growmerge.tasks import EVALUATION, Task, build_tasks
@@ -89,6 +90,8 @@ def dry_run(path: Path, workdir: Path | None, executor: str, profile: str | None
     from growmerge.plan import plan, print_plan
 
     print_plan(plan(loaded.pipeline, loaded.nodes, base=loaded.base), loaded.pipeline)
+    for line in notes(loaded.nodes):
+        print(f"note: {line}")
     for line in absent:
         print(f"not there yet: {line}")
 

@@ -45,6 +45,7 @@ MergeMethod = Literal[
 """As in merge/table.py, and `search` for the weights of one of them."""
 Labels = Literal["text", "sampled"]
 Precision = Literal["float32", "bfloat16"]
+MergedDtype = Literal["float32", "bfloat16", "float16"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 Kernels = Literal["auto", "torch"]
 Documents = Literal["packed", "masked"]
@@ -353,6 +354,10 @@ class MergeStage:
     is 0.5 by default. What another method takes is ignored, so that a grid of methods can share them."""
     statistics: StatisticsConfig | None = None
     """fisher, regmean: the statistics of the models, which are made first; merges share those that are the same."""
+    dtype: MergedDtype | None = None
+    """Of the merged weights; by default the precision of training."""
+    allow_unrelated: bool = False
+    """Merge models that do not stem from the base, too."""
     search: Search | None = None
     """search: of which method, and on which development texts: each named as the text of statistics is. Its `seed` is
     added to the pipeline's."""

@@ -41,7 +41,7 @@ from upscale.verify import compare
 
 EXACT = 1e-5
 """Largest difference of held-out losses (nats a token, float32) at which growth counts as exact."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def do_train(context: Context, task: Task) -> None:

@@ -51,6 +51,8 @@ ADDED: Mapping[str, Any] = {
     "hidden_act": "silu",
     "at": None,
     "branches": (),
+    "dtype": None,
+    "allow_unrelated": False,
     "documents": "packed",
     "alarms": {},
     "zero": 3,
@@ -196,6 +198,7 @@ def _stage_config(pipeline: Pipeline, node: Node, base: Path) -> dict[str, Any]:
     config["stamps"] = {path: _path_stamp(path, base) for path in paths}
     if isinstance(node.stage, MergeStage):
         config["parameters"] = merge_parameters(node.stage)
+        config["precision"] = config.pop("dtype", config["precision"])
         for key in ("weights", "statistics", "search"):
             config.pop(key, None)
         if counted := statistics_of(node.stage, pipeline.seed):
