@@ -10,6 +10,7 @@ from rich.table import Table
 from checkpoint.files import disk_errors
 from growmerge.config import Marks, load_file
 from growmerge.events import EventLog
+from growmerge.hub import place
 from growmerge.schema_data import DataConfig
 from growmerge.show import Bar
 from parallel.errors import InputError
@@ -28,9 +29,11 @@ def prepare_corpora(path: Path, *, workers: int | None, check: bool) -> None:
     config, marks = load_file(DataConfig, path)
     base = path.absolute().parent
     folder = base / config.folder
+    with marks.within("tokenizer"):
+        tokenizer = place(base, config.tokenizer, path)
     settings = Settings(
         folder=folder,
-        tokenizer=base / config.tokenizer,
+        tokenizer=tokenizer,
         base=base,
         seed=config.seed,
         workers=workers or config.workers,

@@ -10,9 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from growmerge.config import Marks, load_file
+from growmerge.config import Marks, load_file, load_pipeline
+from growmerge.lengths import with_sizes
 from growmerge.mixtures import parts_of, read_sizes
+from growmerge.overlay import EXTENDS
 from growmerge.schema_mixture import DataPlan, MixtureConfig, long_form
+from parallel.document import read_document
+from parallel.errors import InputError
 from train.data import component
 from train.data.component import Component
 from train.data.mixing import Size
@@ -53,7 +57,7 @@ def print_data_plan(path: Path, *, as_json: bool) -> None:
     Raises:
         InputError: a wrong file, or mixtures that cannot be; the line names file and line.
     """
-    plan, marks = load_file(DataPlan, path)
+    plan, marks = load_data_plan(path)
     found = plan_mixtures(plan, marks, base=path.absolute().parent)
     if as_json:
         mixtures = {name: {row: asdict(rows[row]) for row in rows} for name, rows in found.items()}
@@ -65,6 +69,28 @@ def print_data_plan(path: Path, *, as_json: bool) -> None:
         console.print(_table(name, rows))
     a_step = f"{plan.global_batch:,} sequences of {plan.sequence_length:,} tokens"
     console.print(f"A step has {a_step}. By epoch: the steps if every epoch's last batch is filled up.")
+
+
+def load_data_plan(path: Path) -> tuple[DataPlan, Marks]:
+    """Read a file for `growmerge data plan`, or what a pipeline file says of the same.
+
+    Raises:
+        InputError: a wrong file, with its line.
+    """
+    keys = read_document(path).value
+    if not isinstance(keys, dict) or keys.keys().isdisjoint(("stages", EXTENDS)):
+        return load_file(DataPlan, path)
+    pipeline, marks = load_pipeline(path)
+    if pipeline.prepared is None:
+        raise InputError(f"{path}: has no `prepared`: the sizes of its corpora are not known before the run")
+    pipeline = with_sizes(pipeline, path.absolute().parent)
+    training = pipeline.training
+    return DataPlan(
+        sizes=pipeline.prepared.sizes if pipeline.prepared else {},
+        mixtures=pipeline.mixtures,
+        sequence_length=training.sequence_length,
+        global_batch=training.global_batch,
+    ), marks
 
 
 def plan_mixtures(plan: DataPlan, marks: Marks, *, base: Path) -> dict[str, dict[str, Row]]:

@@ -61,7 +61,7 @@ def expand(pipeline: Pipeline, marks: Marks, path: Path, absent: list[str] | Non
                 at = first.marks.at(f"stages.{first.template}")
                 raise marks.error(f"stages.{template}", f"a second stage is called {draft.name!r}; the first: {at}")
             drafts[draft.name] = draft
-    drafts = {name: branched(draft, drafts) for name, draft in drafts.items()}
+    drafts = {name: branched(draft, drafts, pipeline) for name, draft in drafts.items()}
     folder = path.absolute().parent
     inputs = {name: inputs_of(draft, drafts, pipeline, folder) for name, draft in drafts.items()}
     for draft in drafts.values():

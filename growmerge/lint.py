@@ -19,8 +19,8 @@ def notes(nodes: Mapping[str, Node]) -> list[str]:
 
 
 def _of_merge(stage: MergeStage, inputs: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    if others := unrelated(stage, inputs):
-        yield f"base {stage.base} is not what {others[0]} was trained from"
+    if unrelated(stage, inputs):
+        yield f"base {stage.base} is not what its models were trained from"
     if stage.dtype == "float16":
         yield "float16 loses digits below 6e-5 and ends at 65504; sums are float32 here, but bfloat16 holds the weights"
 

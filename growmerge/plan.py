@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from growmerge.config import merged_training
 from growmerge.graph import Node
+from growmerge.lengths import known_sizes
 from growmerge.schema import MergeStage, Pipeline, Resources, TrainStage
 from growmerge.schema_mixture import MixtureConfig
 from growmerge.shapes import model_configs, multiplied, parameters
@@ -24,6 +26,8 @@ CORE_FLOPS = 7.2e10
 """Modelled: FLOP/s that a core sustains in float32 training, measured at 0.5 and 1.6 million parameters."""
 JOB_SECONDS = 14.0
 """Modelled: seconds from a job's start to its first step (imports, process group)."""
+ONE_BY_ONE = 40
+"""Merges of a grid that have a row each; more are one row."""
 WIDTH = 100
 """Columns of the table at least."""
 BESIDES = 76
@@ -41,6 +45,8 @@ class PlannedStage:
     data: str | None
     """The mixture that it trains on."""
     parameters: int
+    template: str = ""
+    """Of the grid that it is of."""
     statistics: Mapping[str, str] = field(default_factory=dict)
     """What a merge goes by, and of what it is made first."""
     steps: int = 0
@@ -73,7 +79,13 @@ def plan(pipeline: Pipeline, nodes: Mapping[str, Node], *, base: Path) -> list[P
             reads = {name: f"{about['from_']} on {about['text']}" for name, about in counted}
             found.append(
                 PlannedStage(
-                    name=node.name, verb=node.verb, inputs=inputs, data=None, parameters=count, statistics=reads
+                    name=node.name,
+                    verb=node.verb,
+                    inputs=inputs,
+                    data=None,
+                    parameters=count,
+                    template=node.template,
+                    statistics=reads,
                 )
             )
             continue
@@ -119,9 +131,13 @@ def print_plan(stages: Sequence[PlannedStage], pipeline: Pipeline) -> None:
     console = Console(width=width, markup=False, highlight=False, emoji=False)
     console.print(_table(stages, pipeline))
     if lines := mixtures_in_words(stages, pipeline):
-        console.print("Mixtures, whose epochs are unknown before the text is there and tokenised:")
+        unknown = "" if known_sizes(pipeline) else ", whose epochs are unknown before the text is there and tokenised"
+        console.print(f"Mixtures{unknown}:")
         for line in lines:
             console.print(f"  {line}", soft_wrap=True)
+    if pipeline.resources.gpus:
+        console.print("Time and memory on GPUs: growmerge plan.")
+        return
     seconds, count = total_seconds(stages, pipeline.resources), cores(pipeline.resources)
     console.print(
         f"Modelled on {pipeline.resources.ranks} ranks, {count} cores: {STEP_SECONDS} s a step and "
@@ -137,7 +153,7 @@ def _table(stages: Sequence[PlannedStage], pipeline: Pipeline) -> Table:
         "steps": f"{sum(stage.steps for stage in stages):,}",
         "tokens": short(sum(stage.tokens for stage in stages)),
         "FLOPs": scientific(sum(stage.flops for stage in stages)),
-        "est. cost": duration(total_seconds(stages, pipeline.resources)),
+        **({} if pipeline.resources.gpus else {"est. cost": duration(total_seconds(stages, pipeline.resources))}),
     }
     table.add_column("stage", f"{len(stages)} stages", no_wrap=True, overflow="fold")
     table.add_column("verb", no_wrap=True)
@@ -147,16 +163,25 @@ def _table(stages: Sequence[PlannedStage], pipeline: Pipeline) -> Table:
     for name, reads in before(pipeline):
         table.add_row(name, "data", reads)
     counted: set[str] = set()
+    merges = Counter(stage.template for stage in stages if stage.verb == "merge")
+    together = [template for template, count in merges.items() if count > ONE_BY_ONE]
     for stage in stages:
+        if stage.verb == "merge" and stage.template in together:
+            continue
         for name, reads in stage.statistics.items():
             if name not in counted:
                 table.add_row(name, "measure", reads)
         counted |= {*stage.statistics}
         reads = ", ".join(stage.inputs) + (f" on {stage.data}" if stage.data else "")
-        costs = ("", "", "", "")
+        costs: tuple[str, ...] = ()
         if stage.steps:
             costs = (f"{stage.steps:,}", short(stage.tokens), scientific(stage.flops), duration(stage.seconds))
+        costs = costs[: len(numbers) - 1]
         table.add_row(stage.name, stage.verb, reads, short(stage.parameters), *costs)
+    for template in together:
+        sizes = [stage.parameters for stage in stages if stage.template == template]
+        largest = short(min(sizes)) if min(sizes) == max(sizes) else f"{short(min(sizes))} - {short(max(sizes))}"
+        table.add_row(template, "merge", f"{merges[template]} merges", largest)
     for name, reads in after(stages):
         table.add_row(name, "measure" if name != "report" else "report", reads)
     return table

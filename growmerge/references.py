@@ -83,11 +83,10 @@ def absences(pipeline: Pipeline, marks: Marks, folder: Path) -> Iterator[InputEr
             if next(found, None) is None:
                 problem = f"language without text: no file matches {source.files!r} in {folder}"
                 yield marks.error(f"corpora.{language}.sources.{i}.files", problem)
-    for name in _read_prepared(pipeline) if pipeline.prepared else ():
-        assert pipeline.prepared is not None, "without it there are none"
-        place_of = folder / pipeline.prepared.folder
-        if not (place_of / f"{name}.json").is_file():
-            line = f"{name} is not in {place_of}: make it by `growmerge data prepare`"
+    if pipeline.prepared is not None:
+        there = folder / pipeline.prepared.folder
+        if lacking := [name for name in _read_prepared(pipeline) if not (there / f"{name}.json").is_file()]:
+            line = f"not in {there}: {', '.join(lacking)}: make them by `growmerge data prepare`"
             yield marks.error("prepared.folder", line)
     tasks = [(f"evaluation.tasks.{name}", task) for name, task in pipeline.evaluation.tasks.items()]
     for key, globs in ((f"{key}.{part}", getattr(task, part)) for key, task in tasks for part in ("files", "unlike")):
@@ -113,8 +112,11 @@ def _read_prepared(pipeline: Pipeline) -> list[str]:
     ]
 
 
-def branched(draft: Draft, drafts: Mapping[str, Draft]) -> Draft:
-    """Return a branch with all that it has of the run that it goes on with; any other stage as it is."""
+def branched(draft: Draft, drafts: Mapping[str, Draft], pipeline: Pipeline) -> Draft:
+    """Return a branch with all that it has of the run that it goes on with; any other stage as it is.
+
+    If it says no number of steps, its decay has the share of them that the run's has of the run's.
+    """
     branch = draft.stage.train
     if branch is None or branch.at is None:
         return draft
@@ -123,7 +125,12 @@ def branched(draft: Draft, drafts: Mapping[str, Draft]) -> Draft:
         raise draft.marks.error(
             draft.key("from"), f"a branch goes on with the run of a train stage, not {branch.from_!r}"
         )
-    whole = replace(branch, seed=run.seed, training={**run.training, **branch.training})
+    of = merged_training(pipeline, run)
+    share = of.decay if of.decay <= 1 or of.steps is None else of.decay / of.steps
+    training = {"steps": round(branch.at / (1 - share)) if share < 1 else of.steps} | dict(branch.training)
+    if isinstance(training["steps"], int):
+        training["decay"] = training["steps"] - branch.at
+    whole = replace(branch, seed=run.seed, training={**run.training, **training})
     return replace(draft, stage=replace(draft.stage, train=whole))
 
 

@@ -61,7 +61,7 @@ class DataConfig:
     folder: str
     """Where the token files go."""
     tokenizer: str
-    """Folder of a Hugging Face tokenizer (tokenizer.json)."""
+    """Folder of a Hugging Face tokenizer (tokenizer.json), or one of the Hub that was fetched (`hub:org/name`)."""
     seed: int = 0
     """What is held out and how documents are split follow from it."""
     workers: int | None = None

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMES = 60
+"""Allowed names that a line lists."""
+
 
 class InputError(ValueError):
     """Bad input from a user: the message is one complete line; no traceback is shown for it."""
@@ -14,11 +17,15 @@ class InputError(ValueError):
 
 
 def one_of(what: str, given: object, allowed: Iterable[object]) -> str:
-    """Return the line that says `given` is not an allowed `what`, with the nearest match if there is one."""
+    """Return the line that says `given` is not an allowed `what`, with the nearest match if there is one.
+
+    Of many allowed names the line has the first ones alone.
+    """
     names = [str(name) for name in allowed]
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {given!r}: allowed are {', '.join(names) or '(none)'}{hint}"
+    shown = names if len(names) <= MOST_NAMES else [*names[:MOST_NAMES], f"and {len(names) - MOST_NAMES} more"]
+    return f"unknown {what} {given!r}: allowed are {', '.join(shown) or '(none)'}{hint}"
 
 
 class Stopped(InputError):
