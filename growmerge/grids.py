@@ -63,6 +63,8 @@ def grid(template: str, item: Item, each: Mapping[str, tuple[str, ...] | Subsets
     """
     key = f"stages.{template}"
     lists = {name: values.values if isinstance(values, Subsets) else values for name, values in each.items()}
+    if empty := next((name for name, values in lists.items() if not values), None):
+        raise marks.error(f"{key}.each.{empty}", "the list of values is empty")
     if (count := math.prod(len(values) for values in lists.values())) > LARGEST:
         raise marks.error(f"{key}.each", f"the grid comes to {count} stages; allowed are {LARGEST}")
     for choice in itertools.product(*(range(len(values)) for values in lists.values())):

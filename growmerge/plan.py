@@ -14,7 +14,6 @@ from rich.table import Table
 
 from growmerge.config import merged_training
 from growmerge.graph import Node
-from growmerge.lengths import known_sizes
 from growmerge.schema import MergeStage, Pipeline, Resources, TrainStage
 from growmerge.schema_mixture import MixtureConfig
 from growmerge.shapes import model_configs, multiplied, parameters
@@ -131,7 +130,7 @@ def print_plan(stages: Sequence[PlannedStage], pipeline: Pipeline) -> None:
     console = Console(width=width, markup=False, highlight=False, emoji=False)
     console.print(_table(stages, pipeline))
     if lines := mixtures_in_words(stages, pipeline):
-        unknown = "" if known_sizes(pipeline) else ", whose epochs are unknown before the text is there and tokenised"
+        unknown = "" if pipeline.prepared else ", whose epochs are unknown before the text is there and tokenised"
         console.print(f"Mixtures{unknown}:")
         for line in lines:
             console.print(f"  {line}", soft_wrap=True)

@@ -155,20 +155,29 @@ def test_the_text_is_that_of_the_study(study: Plan) -> None:
     assert splits == {name: dict(corpus.splits) for name, corpus in study.pipeline.corpora.items()}
 
 
-@pytest.mark.parametrize("file", ["grow_up_and_merge.yaml", "faithful.yaml"])
-def test_the_graph_is_the_same_in_miniature(file: str, study: Plan) -> None:
-    tiny = loaded(PAPER / file, "tiny")
-    assert tiny.pipeline.name.endswith("-tiny")
-    assert shape(dict(tiny.nodes)) == shape(dict(study.nodes))
+@pytest.mark.parametrize(
+    ("file", "scale", "divisor", "repeats"),
+    [
+        ("grow_up_and_merge.yaml", "tiny", 60, 0),
+        ("grow_up_and_merge.yaml", "small", 24, 2),
+        ("grow_up_and_merge.yaml", "gpu", 12, 0),
+        ("faithful.yaml", "tiny", 60, 0),
+    ],
+)
+def test_the_graph_is_the_same_in_miniature(file: str, scale: str, divisor: int, repeats: int, study: Plan) -> None:
+    small = loaded(PAPER / file, scale)
+    assert small.pipeline.name.endswith(f"-{scale}")
+    whole = shape(dict(study.nodes))
+    assert shape(dict(small.nodes)) == {**whole, "train": whole["train"] + 15 * repeats}
     names = {"est": "fas", "fin": "ekk", "nob": "isl", "dan": "fao"}
-    steps = {
-        name: training_of(tiny, name).steps for name, node in tiny.nodes.items() if isinstance(node.stage, TrainStage)
-    }
-    for name, taken in steps.items():
-        setup, _, language = name.rpartition("-")
-        there = f"{setup}-{names[language]}" if language in names else name
-        published = training_of(study, there).steps
-        assert taken == max(10, round(published / 60)), name
+    for name, node in small.nodes.items():
+        if not isinstance(node.stage, TrainStage):
+            continue
+        setup, _, language = name.removesuffix("-1").removesuffix("-2").rpartition("-")
+        there = f"{setup}-{names.get(language, language)}" if setup else name
+        training, published = training_of(small, name), training_of(study, there)
+        assert training.steps == max(10, round(published.steps / divisor)), name
+        assert training.decay / training.steps == pytest.approx(published.decay / published.steps, abs=0.05), name
 
 
 def test_full_is_the_file_itself(study: Plan) -> None:
