@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check parity benchmark cluster clean
+.PHONY: setup demo study ablations test test-all check parity benchmark cluster clean
 
 setup: $(READY)
 
@@ -18,6 +18,16 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/growmerge run configs/quickstart.yaml
+
+# The paper's graph in miniature, with three seeds of every adaptation.
+study: $(READY)
+	$(BIN)/growmerge run configs/paper/grow_up_and_merge.yaml --scale small
+
+# Ways to grow, at two sizes, and the table of what they came to.
+ablations: $(READY)
+	$(BIN)/growmerge run configs/paper/ablations.yaml
+	$(BIN)/growmerge run configs/paper/ablations.yaml --scale wider
+	$(BIN)/python benchmarks/ablations.py runs/growth-ablations runs/growth-ablations-wider --out docs/ablations.md
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -39,7 +49,7 @@ parity: $(READY)
 	cat .parity/report.md
 
 benchmark: $(READY)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/ablations.py, $(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 # A SLURM of four virtual nodes in the foreground; ctrl-C stops it.
 cluster: $(READY)
