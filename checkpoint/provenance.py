@@ -33,3 +33,21 @@ def stems_from(record: Mapping[str, Any], base: Mapping[str, Any]) -> bool | Non
     if parents is None or any(parent.get("hash") is None for parent in parents):
         return None
     return False
+
+
+def by_name(record: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
+    """Return what is said of the model that one was trained from, if nothing says that the base is that one.
+
+    An imported model's record may hold `trained_from`: {name, grown, said_by}, what its publisher says of its start, by
+    name and no hash. A base is the start if its own record has the name or, of a start that was grown first, if the
+    base was grown from a model of the name.
+    """
+    start = record.get("trained_from")
+    if not isinstance(start, Mapping):
+        return None
+    names = [base.get("name")]
+    if start.get("grown"):
+        names = [parent.get("name") for parent in base.get("parents", ())] if base.get("verb") == "grow" else []
+    if start.get("name") in names:
+        return None
+    return f"{start.get('name')}{', grown' if start.get('grown') else ''} (says {start.get('said_by')})"

@@ -12,6 +12,7 @@ import click
 from growmerge import __version__
 from growmerge.cli_data import data
 from growmerge.cli_eval import compare, evaluate
+from growmerge.cli_import import import_models
 from growmerge.cli_merging import merge, sweep
 from growmerge.cli_stats import stats
 from growmerge.cli_targets import target_of, targets
@@ -306,7 +307,7 @@ def verify(small: Path, grown: Path, text: Path | None, tokens: int, by_module: 
     sys.exit(print_verification(small, grown, text=text, tokens=tokens, by_module=by_module, as_json=as_json))
 
 
-for command in (merge, sweep, evaluate, compare, tokenizer, data, stats):
+for command in (merge, sweep, evaluate, compare, import_models, tokenizer, data, stats):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -28,28 +28,42 @@ def _merging(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @targets
 @_merging
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder where the recipe's models are looked for first: org/name there as org/name, or as name.",
+)
 @click.option("--lenient", is_flag=True, help="Pass over keys that no recipe has.")
 @click.option("--dry-run", is_flag=True, help="Check the recipe and its models, and stop.")
 def merge(
-    source: Path, seed: int | None, allow_unrelated: bool, device: str, lenient: bool, dry_run: bool, **given: Any
+    source: Path,
+    seed: int | None,
+    allow_unrelated: bool,
+    device: str,
+    models: Path | None,
+    lenient: bool,
+    dry_run: bool,
+    **given: Any,
 ) -> None:
     """Merge the models of the recipe SOURCE, mergekit's YAML unchanged, into the folder TARGET."""
     gc.set_threshold(MANY)
     from growmerge.merging import apply_file, merge_file
 
     target = target_of(given)
-    applied, models = apply_file(source, seed=seed, lenient=lenient, allow_unrelated=allow_unrelated, device=device)
+    applied, opened = apply_file(
+        source, seed=seed, lenient=lenient, allow_unrelated=allow_unrelated, device=device, folder=models
+    )
     for note in applied.merged.notes:
         click.echo(f"note: {note}", err=True)
     if dry_run:
         click.echo(f"{source}: nothing is wrong with it")
         return
     if applied.recipe.search is None:
-        click.echo(merge_file(target, applied, models))
+        click.echo(merge_file(target, applied, opened))
         return
     from growmerge.searching import find_and_merge
 
-    click.echo(find_and_merge(target, applied, models))
+    click.echo(find_and_merge(target, applied, opened))
 
 
 @click.command()

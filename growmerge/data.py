@@ -30,7 +30,7 @@ def prepare_corpora(path: Path, *, workers: int | None, check: bool) -> None:
     base = path.absolute().parent
     folder = base / config.folder
     with marks.within("tokenizer"):
-        tokenizer = place(base, config.tokenizer, path)
+        tokenizer = place(base, config.tokenizer, path, tokenizer=True)
     settings = Settings(
         folder=folder,
         tokenizer=tokenizer,

@@ -1,5 +1,6 @@
 """`growmerge fetch`: bring here, where there is a network, all that a file's jobs would look for on it."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def fetch_all(path: Path, profile: str | None, scale: str | None = None) -> int:
     if models := _merged(path, root):
         return _fetch_merged(path, models)
     done: dict[str, Path] = {}
-    for name in _names(path, root, scale):
-        done[name] = hub.fetch(name)
+    for name, weights in _names(path, root, scale).items():
+        done[name] = hub.fetch(name, weights=weights)
         print(f"{name}: {done[name]}", flush=True)
     for item in _items(root):
         if not isinstance(item.value, dict):
@@ -101,16 +102,30 @@ def _fetch_merged(path: Path, models: Mapping[str, int]) -> int:
     return len(done)
 
 
-def _names(path: Path, root: Item, scale: str | None) -> list[str]:
-    """Return the models and tokenizers of the Hub in a file, the variables of a pipeline's grids filled in."""
+def _names(path: Path, root: Item, scale: str | None) -> dict[str, bool]:
+    """Return the models and tokenizers of the Hub in a file, the variables of a pipeline's grids filled in.
+
+    With each whether weights are wanted: not of what is named as a tokenizer alone, which may be that of a huge model.
+    """
     texts = [item.value for item in _items(root) if isinstance(item.value, str)]
     if isinstance(root.value, dict) and "stages" in root.value:
         pipeline, marks = load_pipeline(path, scale)
         for template, item in marks.stages.items():
             for draft in grid(template, item, pipeline.stages[template].each, marks):
                 texts += [value for _, value in draft.references()]
-    found = [text for text in texts if text.startswith(hub.PREFIX) and not VARIABLE.search(text)]
-    return list(dict.fromkeys(found))
+    found = Counter(text for text in texts if text.startswith(hub.PREFIX) and not VARIABLE.search(text))
+    alone = Counter(_tokenizers(root))
+    return {name: alone[name] < count for name, count in found.items()}
+
+
+def _tokenizers(root: Item) -> Iterator[str]:
+    """Yield the names that a file gives tokenizers by: `tokenizer: NAME`, or `tokenizer: {path: NAME}`."""
+    for item in _items(root):
+        named = item.value.get("tokenizer") if isinstance(item.value, dict) else None
+        if named is not None and isinstance(named.value, dict):
+            named = named.value.get("path")
+        if named is not None and isinstance(named.value, str):
+            yield named.value
 
 
 def _items(item: Item) -> Iterator[Item]:

@@ -13,9 +13,13 @@ from parallel.errors import InputError
 
 PREFIX = "hub:"
 NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+TOKENIZER = (
+    *("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    "chat_template*",
+)
+"""Files of a repository that are a tokenizer's."""
 WANTED = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.model"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER),
     *("adapter_config.json", "growmerge.json"),
 )
 """Files of a repository that are fetched: no code, no pickles."""
@@ -23,10 +27,11 @@ WEIGHTS = {"config.json": "model.safetensors", "adapter_config.json": "adapter_m
 """What says what a model or adapter is, and where its weights are if they are one file."""
 
 
-def place(base: Path, name: str, file: Path | str = "FILE") -> Path:
+def place(base: Path, name: str, file: Path | str = "FILE", *, tokenizer: bool = False) -> Path:
     """Return the folder that a name in a file stands for: one of the Hub's in the cache, or a path from `base`.
 
     Args:
+        tokenizer: whether the tokenizer is all that is wanted.
         file: what `growmerge fetch` is to be given if the Hub's is not in the cache.
 
     Raises:
@@ -40,10 +45,11 @@ def place(base: Path, name: str, file: Path | str = "FILE") -> Path:
 
     missing = InputError(f"{name}: not in the cache of this machine: `growmerge fetch {file}` where there is a network")
     try:
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[*WANTED]))
+        files = [*(TOKENIZER if tokenizer else WANTED)]
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=files))
     except (LocalEntryNotFoundError, ValueError) as error:
         raise missing from error
-    if not _whole(folder):
+    if not ((folder / "tokenizer.json").is_file() if tokenizer else _whole(folder)):
         raise missing
     return folder
 
@@ -57,15 +63,20 @@ def _whole(folder: Path) -> bool:
     return not kinds or any((folder / WEIGHTS[about]).is_file() for about in kinds)
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, *, weights: bool = True) -> Path:
     """Download what is missing of a model, adapter or tokenizer, and return its folder.
+
+    Args:
+        weights: whether more than the tokenizer is wanted.
 
     Raises:
         InputError: the Hub's own words; weights that are pickles.
     """
     repository, revision = _parts(name)
-    folder = _download(name, repo_id=repository, revision=revision, allow_patterns=[*WANTED])
-    if not _whole(folder):
+    folder = _download(
+        name, repo_id=repository, revision=revision, allow_patterns=[*(WANTED if weights else TOKENIZER)]
+    )
+    if weights and not _whole(folder):
         raise InputError(f"{name}: its weights are not there as safetensors, or not all of them; no pickle is fetched")
     return folder
 

@@ -48,6 +48,8 @@ class Models:
 
     file: Path
     recipe: Recipe
+    folder: Path | None = None
+    """Where they are looked for first, by their names or these names' last parts."""
     folders: dict[str, list[Path]] = field(default_factory=dict)
     """Of each model that was opened: its own, and its adapter's."""
     vocabulary: MergedVocabulary | None = None
@@ -60,7 +62,9 @@ class Models:
         Raises:
             InputError: no such model, or one that cannot be read.
         """
-        self.folders[name] = [folder_of(self.file, part) for part in parts_of(self.file, name)]
+        self.folders[name] = [
+            folder_of(self.file, part, self.folder) for part in parts_of(self.file, name, self.folder)
+        ]
         folder, *adapters = self.folders[name]
         source = open_checkpoint(folder)
         for adapter in adapters:
@@ -69,7 +73,7 @@ class Models:
 
     def place_also(self, name: str) -> Path:
         """Return the folder of what is no model: statistics, or a run whose checkpoints are."""
-        folder = folder_of(self.file, name)
+        folder = folder_of(self.file, name, self.folder)
         if manifest.is_complete(folder):
             self.statistics.append(folder)
         return folder
@@ -128,10 +132,12 @@ def apply_file(
     lenient: bool = False,
     allow_unrelated: bool = False,
     device: str = "cpu",
+    folder: Path | None = None,
 ) -> tuple[Applied, Models]:
     """Read a recipe and open its models.
 
     Args:
+        folder: where its models are looked for first, by their names or these names' last parts.
         seed: of methods that draw random numbers, instead of the recipe's; 0 if neither gives one.
         device: where values are merged, as torch names it.
 
@@ -139,7 +145,7 @@ def apply_file(
         InputError: anything wrong with it, with its line.
     """
     recipe = read_recipe(path, lenient=lenient)
-    models = Models(file=path, recipe=recipe)
+    models = Models(file=path, recipe=recipe, folder=folder)
     applied = apply_recipe(
         recipe,
         models.open,

@@ -28,7 +28,7 @@ def prepared_text(pipeline: Pipeline, language: str, base: Path) -> CorpusText:
     prepared, path = pipeline.prepared, pipeline.tokenizer.path
     assert prepared is not None and path is not None, "the file's rules ask for both"
     folder = base / prepared.folder
-    tokenizer = load_tokenizer(place(base, path))
+    tokenizer = load_tokenizer(place(base, path, tokenizer=True))
     about = read_json(folder / f"{language}.json")
     if about["tokenizer"] != tokenizer.sha256:
         raise InputError(f"{folder / language}.json: prepared with another tokenizer than {path}")

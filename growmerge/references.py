@@ -96,7 +96,7 @@ def absences(pipeline: Pipeline, marks: Marks, folder: Path) -> Iterator[InputEr
             yield marks.error(key, str(error))
     tokenizer = pipeline.tokenizer.path
     try:
-        if tokenizer is not None and not _is_folder(place(folder, tokenizer)):
+        if tokenizer is not None and not _is_folder(place(folder, tokenizer, tokenizer=True)):
             yield marks.error("tokenizer.path", f"no tokenizer folder {tokenizer!r} in {folder}")
     except InputError as error:
         yield marks.error("tokenizer.path", str(error))

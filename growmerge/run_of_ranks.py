@@ -130,7 +130,7 @@ def _branch(config: TrainConfig, base: Path) -> Path | None:
 
 def _tokenizer_folder(config: TrainConfig, base: Path, branch: Path | None) -> Path:
     if config.tokenizer is not None:
-        return place(base, config.tokenizer)
+        return place(base, config.tokenizer, tokenizer=True)
     if config.model is None:
         raise InputError("`tokenizer` is missing: with shape or branch the folder of one has to be given")
     return place(base, config.model)

@@ -114,7 +114,7 @@ def vocabulary(pipeline: Pipeline, base: Path) -> int:
     if pipeline.tokenizer.path is None:
         return asked or VOCABULARY
     try:
-        path = place(base, pipeline.tokenizer.path) / "tokenizer.json"
+        path = place(base, pipeline.tokenizer.path, tokenizer=True) / "tokenizer.json"
         entries = _entries(path)
     except InputError:
         if asked is None:

@@ -125,7 +125,8 @@ def build_tasks(pipeline: Pipeline, nodes: Mapping[str, Node], workdir: Path, ba
         text["prepared"] = {"sample_bytes": pipeline.prepared.sample_bytes, "stamps": _prepared_stamps(pipeline, base)}
     add("text", "text", {**text, "files": _stamps(pipeline, base)}, ())
     tokenizer = asdict(pipeline.tokenizer) | {"vocab_size": pipeline.tokenizer.vocab_size or VOCABULARY}
-    add("tokens", "tokens", {"tokenizer": tokenizer, "stamp": _path_stamp(pipeline.tokenizer.path, base)}, ("text",))
+    stamp = _path_stamp(pipeline.tokenizer.path, base, tokenizer=True)
+    add("tokens", "tokens", {"tokenizer": tokenizer, "stamp": stamp}, ("text",))
     add("pairs", "pairs", {"pairs": pipeline.evaluation.pairs, "seed": pipeline.seed}, ("text",))
     for node in nodes.values():
         counted = statistics_of(node.stage, pipeline.seed) if isinstance(node.stage, MergeStage) else []
@@ -262,11 +263,11 @@ def _text_stamps(texts: Iterable[str], base: Path) -> dict[str, Any]:
     return {text: [stat.st_size, stat.st_mtime_ns] for text, stat in stats.items()}
 
 
-def _path_stamp(path: str | None, base: Path) -> Any:
+def _path_stamp(path: str | None, base: Path, *, tokenizer: bool = False) -> Any:
     """What a folder outside the pipeline is known by: its manifest, or its files' sizes and times."""
     if path is None:
         return None
-    folder = place(base, path)
+    folder = place(base, path, tokenizer=tokenizer)
     if path.startswith(PREFIX):
         return folder.name  # the commit
     if manifest.is_complete(folder):

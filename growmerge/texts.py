@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.files import read_json, write_bytes, write_json
-from eval.pairs import Pair, make_pairs
 from growmerge.context import Context
 from growmerge.hub import place
 from growmerge.prepared import prepared_text
@@ -21,6 +20,9 @@ from train.data.packages import default_cache
 from train.data.readers import Document
 from train.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from train.data.tokens import write_tokens
+
+if TYPE_CHECKING:
+    from eval.pairs import Pair
 
 
 def do_text(context: Context, task: Task) -> None:
@@ -52,7 +54,7 @@ def do_tokens(context: Context, task: Task) -> None:
 
     def make_tokenizer() -> None:
         if pipeline.tokenizer.path is not None:
-            copy_tokenizer(place(context.base, pipeline.tokenizer.path), target)
+            copy_tokenizer(place(context.base, pipeline.tokenizer.path, tokenizer=True), target)
             return
         languages = pipeline.tokenizer.train_on or tuple(corpora)
         texts = [document.text for language in languages for document in corpora[language].training]
@@ -103,6 +105,8 @@ def irreversible(tokenizer: TextTokenizer, heldout: Mapping[str, Sequence[Docume
 
 
 def do_pairs(context: Context, task: Task) -> None:
+    from eval.pairs import make_pairs  # and with it transformers, which fetching text needs not
+
     def action() -> None:
         found = {}
         for language in context.pipeline.corpora:
@@ -115,7 +119,9 @@ def do_pairs(context: Context, task: Task) -> None:
     context.once(action)
 
 
-def read_pairs(folder: Path) -> dict[str, list[Pair]]:
+def read_pairs(folder: Path) -> "dict[str, list[Pair]]":
+    from eval.pairs import Pair
+
     return {language: [Pair(**pair) for pair in pairs] for language, pairs in read_json(folder / "pairs.json").items()}
 
 

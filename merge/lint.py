@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from checkpoint.provenance import stems_from
+from checkpoint.provenance import by_name, stems_from
 from checkpoint.source import Source
 from merge.recipe import Recipe
 from merge.resolve import Resolved
@@ -42,12 +42,21 @@ def _descent(recipe: Recipe, models: Mapping[str, Source], allow_unrelated: bool
             stems = stems_from(models[one.model].run.provenance, models[base].run.provenance)
             where = f"{recipe.file}:{one.line}"
             if stems is None and one.model != base:
-                yield f"{where}: {one.model}: not known whether it stems from {base}"
+                yield from _names(where, one.model, base, models)
             elif stems is False:
                 line = f"{where}: {one.model} does not stem from the base_model {base}"
                 if not allow_unrelated:
                     raise InputError(f"{line}: name the model that it was trained from, or pass --allow-unrelated")
                 yield line
+
+
+def _names(where: str, model: str, base: str, models: Mapping[str, Source]) -> Iterator[str]:
+    """Yield what names say where no hash tells whether a model stems from the base."""
+    record = models[model].run.provenance
+    if "trained_from" not in record:
+        yield f"{where}: {model}: not known whether it stems from {base}"
+    elif start := by_name(record, models[base].run.provenance):
+        yield f"{where}: {model} was trained from {start}; nothing says that the base_model {base} is that model"
 
 
 def _check_heads(recipe: Recipe, models: Mapping[str, Source]) -> None:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import forked
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -148,6 +149,32 @@ def test_a_pipeline_names_a_model_of_the_hub(hub, pipeline, tmp_path):
     assert found.returncode == 0, found.stderr
 
 
+def test_of_a_tokenizer_no_weights_are_fetched(hub, tmp_path):
+    """The tokenizer of a study may be that of a model of 70 billion parameters."""
+    from train.data.tokenizer import train_tokenizer
+
+    handler, environment = hub
+    environment = {**environment, "HF_HOME": str(tmp_path / "cache")}
+    shutil.copytree(handler.root / "org" / "small", handler.root / "org" / "huge")
+    train_tokenizer(["Text number 1 of all. It is short."], vocab_size=300, folder=handler.root / "org" / "huge")
+    (tmp_path / "a.txt").write_text("".join(f"Text number {number} of all. It is short.\n" for number in range(40)))
+    path = tmp_path / "data.yaml"
+    path.write_text(
+        "folder: tokens\ntokenizer: hub:org/huge\nworkers: 1\n"
+        "corpora: {swe: {sources: [{files: a.txt}], heldout: {share: 0}}}\n"
+    )
+    fetched = growmerge("fetch", str(path), **environment, HF_HUB_OFFLINE="0")
+    assert fetched.returncode == 0, fetched.stderr
+    kept = {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert "tokenizer.json" in kept and not {"config.json", "model.safetensors"} & kept
+    made = offline("data", "prepare", str(path), cwd=tmp_path, environment=environment)
+    assert made.returncode == 0, made.stderr
+    text = path.read_text() + "model: hub:org/huge\n"
+    path.write_text(text)  # where it is named as a model, too, all of it is
+    assert growmerge("fetch", str(path), **environment, HF_HUB_OFFLINE="0").returncode == 0
+    assert "model.safetensors" in {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
+
+
 @pytest.mark.slow
 def test_what_was_fetched_is_trained_on_without_the_hub(hub, pipeline, tmp_path):
     handler, environment = hub
@@ -251,7 +278,7 @@ def test_what_merges_name_is_fetched(merged, tmp_path, tmp_path_factory, verb, t
     # From folders of the same names it is the same.
     shutil.copytree(handler.root / "org", tmp_path / "org")
     path.write_text(text.replace("@main", "").replace("hub:", ""))
-    found = offline(verb, "file.yaml", "same", *lenient, cwd=tmp_path, environment={"HF_HOME": str(tmp_path)})
+    found = forked.growmerge(verb, "file.yaml", "same", *lenient, cwd=tmp_path, HF_HOME=str(tmp_path))
     assert found.returncode == 0, found.stderr
     written = sorted((tmp_path / "out").rglob("*.safetensors"))
     assert len(written) == (1 if verb == "merge" else 2)

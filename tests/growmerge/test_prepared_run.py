@@ -2,15 +2,21 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pipeline_files import change
+from test_config import matches
 from toy import growmerge, numbers, write_toy
 
 from checkpoint.open import open_checkpoint
+from growmerge.prepared import prepared_text
+from growmerge.run import load
+from parallel.errors import InputError
 from train.data.tokenizer import train_tokenizer
 from train.data.tokens import open_tokens
 from train.tracker import read_metrics
@@ -73,10 +79,10 @@ stages:
     each: {setup: [1x, 2x], at: ["4"]}
     train: {from: "{setup}-swe", data: joint, at: "{at}"}
   1x-swe-again: {train: {from: base-1x, data: joint, seed: 1}}
-  "{setup}-est": {each: {setup: [1x, 2x]}, train: {from: "base-{setup}", data: est, training: {steps: 4}}}
-  "{setup}-linear-{languages}":
-    each: {setup: [1x, 2x], languages: {subsets: [swe, est], least: 1}}
-    merge: {from: ["{setup}-{languages}"], method: linear}
+  1x-est: {train: {from: base-1x, data: est, training: {steps: 4}}}
+  "1x-linear-{languages}":
+    each: {languages: {subsets: [swe, est], least: 1}}
+    merge: {from: ["1x-{languages}"], method: linear}
 evaluation: {pairs: 10, resamples: 200, sample_tokens: 0}
 study:
   source_language: eng
@@ -96,8 +102,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(texts, vocab_size=320, folder=folder / "tokenizer")
     (folder / "data.yaml").write_text(DATA)
     (folder / "x.yaml").write_text(PREPARED)
-    before = growmerge("run", "x.yaml", "--dry-run", cwd=folder)
-    assert before.returncode == 2 and "no number of steps: give `steps` here" in before.stderr, before.stderr
+    with pytest.raises(InputError, match="no number of steps: give `steps` here"):
+        load(folder / "x.yaml", None)
     made = growmerge("data", "prepare", "data.yaml", cwd=folder)
     assert made.returncode == 0, made.stderr
     ran = growmerge("run", "x.yaml", "--workdir", "run", cwd=folder)
@@ -185,7 +191,7 @@ def test_models_are_compared_at_several_lengths(folder: Path) -> None:
 
 def test_subsets_are_merges_of_their_names(folder: Path) -> None:
     merges = {name: model["parents"] for name, model in numbers(folder / "run")["models"].items()}
-    assert merges["2x-linear-swe+est"] == ["2x-swe", "2x-est"]
+    assert merges["1x-linear-swe+est"] == ["1x-swe", "1x-est"]
     assert merges["1x-linear-swe"] == ["1x-swe"]
     plain = {name: open_checkpoint(folder / "run" / "models" / name) for name in ("1x-swe", "1x-est")}
     merged = open_checkpoint(folder / "run" / "models" / "1x-linear-swe+est")
@@ -194,8 +200,6 @@ def test_subsets_are_merges_of_their_names(folder: Path) -> None:
 
 def norm(source: Any) -> float:
     """Return the mean weight of the final norm, which a linear merge takes the mean of."""
-    import torch
-
     values = torch.empty(32)
     source.read("model.norm.weight", (slice(0, 32),), {"weight": values}, source.collect("model.norm.weight", map))
     return float(values.double().mean())
@@ -223,15 +227,10 @@ def norm(source: Any) -> float:
         ("least: 1", "most: 3", "3 of 2 names"),
         ("hidden_act: gelu", "hidden_act: geglu", "unknown hidden_act 'geglu': *did you mean 'gelu'?"),
         ('"{setup}-{language}-{at}"', '"{setup}-{language}-at"', "unknown stage '{setup}-{language}-at'*"),
-        ('"{setup}-{language}-{at}"', '"{setup}-linear-{language}"', "1x-linear-swe does not train: branches are*"),
+        ('"{setup}-{language}-{at}"', '"1x-linear-{language}"', "1x-linear-swe does not train: branches are*"),
     ],
 )
 def test_a_mistake_is_one_line(folder: Path, old: str, new: str, line: str, tmp_path: Path) -> None:
-    from test_config import matches
-
-    from growmerge.run import load
-    from parallel.errors import InputError
-
     path = folder / f"{tmp_path.name}.yaml"
     path.write_text(change(old, new, PREPARED))
     with pytest.raises(InputError) as error:
@@ -243,5 +242,11 @@ def test_text_prepared_with_another_tokenizer_is_refused(folder: Path) -> None:
     texts = [path.read_text() for path in sorted(folder.glob("swe/*.txt"))]
     train_tokenizer(texts, vocab_size=320, folder=folder / "other")
     (folder / "y.yaml").write_text(change("path: tokenizer", "path: other", PREPARED))
-    ran = growmerge("run", "y.yaml", "--workdir", "other-run", cwd=folder)
-    assert ran.returncode == 2 and "prepared with another tokenizer than other" in ran.stderr, ran.stderr
+    pipeline = load(folder / "y.yaml", None).pipeline
+    with pytest.raises(InputError, match=r"swe\.json: prepared with another tokenizer than other"):
+        prepared_text(pipeline, "swe", folder)
+    (folder / "z.yaml").write_text(change("folder: data,", "folder: bare,", PREPARED))
+    shutil.copytree(folder / "data", folder / "bare")
+    (folder / "bare" / "swe.heldout.jsonl").unlink()
+    with pytest.raises(InputError, match="language swe has no held-out text: prepare it with"):
+        prepared_text(load(folder / "z.yaml", None).pipeline, "swe", folder)
