@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from growmerge.report.estimates import NO_INTERVAL, Rows, Term, estimator, wilson
+from growmerge.report.matched import matched
 from growmerge.report.questions import answers
 from growmerge.report.study import Study
 
@@ -13,7 +14,8 @@ def analyse(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     `bits_per_byte[stage][language]`, `forgetting[stage]` (of the source language, against the base of the stage's
     setup), `accuracy[stage][language][kind]`, `baselines_summary[language][baseline]`, each with value, low and high
-    (None where nothing is random: xz); and `questions`. Timings stay in their own part.
+    (None where nothing is random: xz); `questions`; and `matched`, if the study has branches (None without them).
+    Timings stay in their own part.
     """
     estimate = estimator(resamples=raw["resamples"], confidence=raw["confidence"], seed=raw["seed"])
 
@@ -51,4 +53,5 @@ def analyse(raw: Mapping[str, Any]) -> dict[str, Any]:
             for language, baselines in raw.get("baselines", {}).items()
         },
         "questions": answers(raw, estimate),
+        "matched": matched(raw) if raw.get("study") else None,
     }

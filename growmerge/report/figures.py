@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 
-from growmerge.report import curves, graph_figure, heat
+from growmerge.report import curves, graph_figure, heat, matched_figures
 from growmerge.report.colours import DATA, GREY, INK
 from growmerge.report.drawing import STYLE, Drawing, beside_axes, elements, mark, panel, slug
 from growmerge.report.study import Study
@@ -22,14 +22,20 @@ def learning(results: Mapping[str, Any], axis: str = "tokens") -> list[str]:
 
 def charts(results: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the other figures of the page by their section."""
-    parts = {"losses": losses, "searches": searches, "graph": graph_figure.drawings}
+    parts = {
+        "matched": matched_figures.drawings,
+        "losses": losses,
+        "searches": searches,
+        "graph": graph_figure.drawings,
+    }
     return {name: elements(drawn(results)) for name, drawn in parts.items()}
 
 
 def drawings(results: Mapping[str, Any]) -> list[Drawing]:
     """Return every figure, for files."""
     drawn = [one for axis in curves.AXES for one in curves.drawings(results, axis)]
-    return [*drawn, *losses(results), *searches(results), *heat.drawings(results), *graph_figure.drawings(results)]
+    drawn += [*matched_figures.drawings(results), *losses(results), *searches(results)]
+    return [*drawn, *heat.drawings(results), *graph_figure.drawings(results)]
 
 
 def legend(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -20,6 +20,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         tables = [*section["tables"], *(table for heat in section["heat"] for table in heat["tables"])]
         if tables:
             lines += [f"## {section['title']}", ""] + ([section["note"], ""] if section["note"] else [])
+            lines += [line for said in section["sentences"] for line in (_plain(said), "")]
             lines += [line for table in tables for line in _table(table)]
     return "\n".join(lines)
 

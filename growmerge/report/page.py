@@ -9,7 +9,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from growmerge.report import colours, curves, figures, heat, model_tables, run_tables, task_tables
+from growmerge.report import (
+    colours,
+    curves,
+    figures,
+    heat,
+    matched_tables,
+    matched_words,
+    model_tables,
+    run_tables,
+    task_tables,
+)
 from growmerge.report.drawing import png, svg
 from growmerge.report.markdown import markdown
 from growmerge.report.questions import UNRESOLVED
@@ -156,7 +166,7 @@ def brief(answer: Mapping[str, Any]) -> str:
 
 
 def sections(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what comes below the first screen: title, a note, the charts' name, tables, heat maps."""
+    """Return what comes below the first screen: title, a note, sentences, the charts' name, tables, heat maps."""
     vocabulary = results.get("tokenizer", {}).get("vocab_size")
     run, models, tasks = run_tables, model_tables, task_tables
     boxes = ["in the colour of their setup"] if results.get("study") else []
@@ -164,6 +174,7 @@ def sections(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     graph = f"Stages from left to right{'; boxes ' if boxes else ''}{', '.join(boxes)}."
     found: list[tuple[str, str, str, list[Table | None]]] = [
         ("Progress", "", "", [run.progress(results)]),
+        ("Equal tokens, equal FLOPs", matched_words.note(results), "matched", matched_tables.tables(results)),
         ("Tasks", "", "", [tasks.tasks(results), tasks.phenomena(results)]),
         ("Differences", "", "", [tasks.comparisons(results)]),
         ("Merges of subsets", "", "heat", []),
@@ -182,8 +193,9 @@ def sections(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("Checks", "", "", [models.checks(results)]),
         ("Stages and versions", "", "", [run.stages(results), run.versions(results)]),
     ]
-    maps = {"heat": heat.heat(results)}
+    maps, said = {"heat": heat.heat(results)}, {"matched": matched_words.sentences(results)}
     return [
-        {"title": title, "note": note, "charts": charts, "tables": tables, "heat": maps.get(charts, [])}
+        {"title": title, "note": note, "charts": charts, "tables": tables}
+        | {"sentences": said.get(charts, []), "heat": maps.get(charts, [])}
         for title, note, charts, tables in found
     ]
