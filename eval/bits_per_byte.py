@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from eval.score import Request, token_logprobs, total
 from eval.text import Document, Tokenizer, prefix_token
 from parallel.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class DocumentScore:
 
 
 def score_documents(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     *,
@@ -53,7 +56,7 @@ def score_documents(
     ]
 
 
-def check_window(model: PreTrainedModel, *, window: int, stride: int) -> None:
+def check_window(model: "PreTrainedModel", *, window: int, stride: int) -> None:
     """Check that a window fits the model and that windows overlap.
 
     Raises:

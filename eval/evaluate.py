@@ -1,18 +1,19 @@
 """Held-out text of all languages scored at once, as training asks of the model that it trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from eval.bits_per_byte import check_window
 from eval.score import Gather, token_logprobs
 from eval.tasks import TextTask
 from eval.text import Document, Tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def evaluate_model(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     tokenizer: Tokenizer,
     heldout: Mapping[str, Sequence[Document]],
     *,

@@ -1,16 +1,18 @@
 """Any Source, on disk or in memory, as a stock transformers model, whole or a module at a time."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from checkpoint.source import Source
 from parallel.errors import InputError
 from parallel.memory import give_back_freed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+
+def load_model(source: Source, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """Return a transformers model with a source's weights, on the CPU, in eval mode.
 
     The source is read tile by tile straight into the parameters: nothing but the model itself is held in memory.
@@ -27,14 +29,14 @@ def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrained
     return model.eval()
 
 
-def refill(model: PreTrainedModel, source: Source) -> None:
+def refill(model: "PreTrainedModel", source: Source) -> None:
     """Give a model the weights of another source of the same tensors."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(source, name, parameter)
 
 
-def stream_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def stream_model(source: Source, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """Return a model as `load_model` does, for inference, that reads a module's weights when it is called.
 
     They are given back at once, so that the largest tensor is all that is ever held; every call reads the source anew.
@@ -80,8 +82,10 @@ def _fill(source: Source, name: str, target: torch.Tensor) -> None:
             source.read(name, box, {"weight": target[box]}, stats)
 
 
-def _empty_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+def _empty_model(source: Source, dtype: torch.dtype) -> "PreTrainedModel":
     """Return the model of a source's config without any data, its parameters compared with the source's tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # they take seconds to import
+
     settings = {key: value for key, value in source.config.items() if key != "model_type"}
     config = AutoConfig.for_model(source.config["model_type"], **settings)
     with torch.device("meta"):
@@ -102,7 +106,7 @@ def _compare(source: Source, shapes: dict[str, torch.Size]) -> None:
             raise InputError(f"{name} has shape {owned[name].shape}, the config says {tuple(shape)}")
 
 
-def _recompute_buffers(model: PreTrainedModel) -> None:
+def _recompute_buffers(model: "PreTrainedModel") -> None:
     """Compute what checkpoints do not hold, such as rotary frequencies, which `to_empty` leaves uninitialised.
 
     The model's own initialisation knows how; it passes over parameters that are marked.

@@ -10,12 +10,15 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from eval.score import Request, token_logprobs, total
 from eval.text import Document, Tokenizer, prefix_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WORDS = range(5, 31)
 """Words that a sentence may have."""
@@ -138,7 +141,7 @@ def pair_requests(pairs: Sequence[Pair], tokenizer: Tokenizer, first: int = 0) -
 
 
 def score_pairs(
-    model: PreTrainedModel, pairs: Sequence[Pair], tokenizer: Tokenizer, *, batch_tokens: int
+    model: "PreTrainedModel", pairs: Sequence[Pair], tokenizer: Tokenizer, *, batch_tokens: int
 ) -> list[PairScore]:
     """Score each sentence of each pair by itself: sum of ln p of all its tokens, given BOS (else EOS).
 

@@ -1,17 +1,20 @@
 """Text that a model writes: a sample for a reader's eye, the same for the same seed; or its likeliest answer."""
 
 from collections.abc import Collection, Generator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from eval.text import Tokenizer, prefix_token
 from parallel.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.inference_mode()
 def continue_text(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -55,7 +58,7 @@ def continue_text(
 
 @torch.inference_mode()
 def continue_greedily(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, *, tokens: int, until: Sequence[str] = ()
+    model: "PreTrainedModel", tokenizer: Tokenizer, prompt: str, *, tokens: int, until: Sequence[str] = ()
 ) -> str:
     """Return up to `tokens` likeliest tokens that continue a prompt, without the prompt and what stands in `until`.
 
@@ -82,7 +85,7 @@ def continue_greedily(
     return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]
 
 
-def _steps(model: PreTrainedModel, prompt: Sequence[int]) -> Generator[torch.Tensor, int, None]:
+def _steps(model: "PreTrainedModel", prompt: Sequence[int]) -> Generator[torch.Tensor, int, None]:
     """Yield the logits [V] behind a prompt, and behind each token that is sent."""
     new, cache = [*prompt], None
     while True:

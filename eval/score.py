@@ -9,13 +9,15 @@ number of ranks.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from parallel.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGITS = 1 << 24
 """Logits held at once (elements): 64 MiB in float32, whatever the vocabulary."""
@@ -63,7 +65,7 @@ class Row:
 
 
 def token_logprobs(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     requests: Sequence[Request],
     *,
     batch_tokens: int,
@@ -88,7 +90,7 @@ def token_logprobs(
     return [found[0] for found in _scores(model, requests, batch_tokens=batch_tokens, greedy=False, **how)]
 
 
-def check_lengths(model: PreTrainedModel, requests: Sequence[Request]) -> None:
+def check_lengths(model: "PreTrainedModel", requests: Sequence[Request]) -> None:
     """Check that sequences are within a model's positions, behind which it computes as it was never trained to.
 
     Raises:
@@ -102,7 +104,7 @@ def check_lengths(model: PreTrainedModel, requests: Sequence[Request]) -> None:
             )
 
 
-def greedy_logprobs(model: PreTrainedModel, requests: Sequence[Request], **how: Any) -> list[tuple[np.ndarray, bool]]:
+def greedy_logprobs(model: "PreTrainedModel", requests: Sequence[Request], **how: Any) -> list[tuple[np.ndarray, bool]]:
     """Return of every request what `token_logprobs` does, and whether each of its scored tokens is a likeliest one."""
     found = _scores(model, requests, greedy=True, share=True, **how)
     return [(logprobs, bool(best.all())) for logprobs, best in found]
@@ -110,7 +112,7 @@ def greedy_logprobs(model: PreTrainedModel, requests: Sequence[Request], **how: 
 
 @torch.no_grad()
 def _scores(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     requests: Sequence[Request],
     *,
     batch_tokens: int,
@@ -234,7 +236,7 @@ def _joined(row: Row, requests: Sequence[Request], number: int, longest: int) ->
     return Row(requests=members, prefix=prefix, length=length)
 
 
-def _longest_shared(model: PreTrainedModel) -> int:
+def _longest_shared(model: "PreTrainedModel") -> int:
     """Return how long a row of several sequences may be: 0 where attention takes no mask, and within its window."""
     config = model.config
     if getattr(config, "_attn_implementation", None) not in MASKED:
@@ -243,7 +245,7 @@ def _longest_shared(model: PreTrainedModel) -> int:
 
 
 def _score_batch(
-    model: PreTrainedModel, requests: Sequence[Request], batch: Sequence[Sequence[Row]], greedy: bool
+    model: "PreTrainedModel", requests: Sequence[Request], batch: Sequence[Sequence[Row]], greedy: bool
 ) -> dict[int, np.ndarray]:
     """Score a batch of lines: hidden states for all of it, logits chunk by chunk and just where a token is scored."""
     width = _width(batch)
@@ -304,7 +306,7 @@ def _mask(rows: torch.Tensor, parts: torch.Tensor, dtype: torch.dtype) -> torch.
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _logprobs(model: PreTrainedModel, hidden: torch.Tensor, wanted: torch.Tensor, greedy: bool) -> np.ndarray:
+def _logprobs(model: "PreTrainedModel", hidden: torch.Tensor, wanted: torch.Tensor, greedy: bool) -> np.ndarray:
     """Return ln p (float64 [1, S]) of tokens [S], given the hidden state that predicts each [S, D]; as `_scores`."""
     wanted = wanted.to(hidden.device)
     head, vocab = model.get_output_embeddings(), model.config.vocab_size

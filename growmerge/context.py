@@ -4,14 +4,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from growmerge.graph import Node
 from growmerge.hub import place
 from growmerge.schema import Pipeline, TrainStage
 from growmerge.tasks import Task
 from parallel.errors import InputError
-from parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    from parallel.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Context:
     tasks: Mapping[str, Task]
     base: Path
     workdir: Path
-    ranks: Ranks
+    ranks: "Ranks"
     resources: Resources
     report: Callable[[Mapping[str, Any]], None]
 

@@ -10,12 +10,11 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers import PreTrainedModel
 
 from checkpoint.files import disk_errors, write_json
 from eval.bits_per_byte import check_window
@@ -38,6 +37,9 @@ from parallel.memory import available_memory
 from parallel.ranks import ALONE, Ranks
 from slurm.lease import Lease
 from train.data.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PART = 1 << 16
 """Tokens of a task that are scored between two writes, more or less."""
@@ -141,7 +143,7 @@ class Evaluator:
             "versions": {
                 "growmerge": __version__,
                 "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                "transformers": version("transformers"),
                 "python": platform.python_version(),
             },
             "tasks": results,
@@ -195,7 +197,7 @@ class Evaluator:
         about = {"kind": asked.kind, "language": asked.language, "domain": asked.domain, **window}
         return {**about, "data": key, "scores": file, **numbers}
 
-    def _loaded(self, subject: Subject) -> PreTrainedModel:
+    def _loaded(self, subject: Subject) -> "PreTrainedModel":
         """Return a model with a subject's weights, on every rank a whole one."""
         source = subject.source
         if self._model is not None and self._of is not None and self._of.source.config == source.config:

@@ -267,8 +267,8 @@ class TrainStage:
     """Name of a mixture."""
     at: int | None = None
     """A decay branch: goes on from this step of the run `from`, which lies in its stable phase and is kept
-    (`keep_every`), with its optimizer and how it trains, and decays until `steps`; by default a decay has the same share
-    of both."""
+    (`keep_every`), with its optimizer and how it trains, and decays until `steps`; by default for the share of them
+    that the run's decay has."""
     seed: int = 0
     """Added to the pipeline's, for a run of its own."""
     training: Mapping[str, object] = field(default_factory=dict)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from checkpoint import manifest
 from checkpoint.files import disk_errors, read_json, write_json
@@ -36,6 +35,9 @@ from parallel.memory import available_memory
 from slurm.lease import Lease
 from train.data.readers import Document
 from train.data.tokenizer import TextTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WINDOW = 1024
 """Tokens of a window where none are given, or the model's positions if they are fewer; it moves by half."""
@@ -123,7 +125,7 @@ def make_statistics(given: Pass, tell: Callable[[int, int], None] | None = None)
 def _run(
     given: Pass,
     source: Source,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     batches: Iterator[list[Request]],
     about: Mapping[str, Any],
     tell: Callable[[int, int], None] | None,

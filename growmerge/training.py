@@ -317,13 +317,14 @@ def _launch(config: TrainConfig, base: Path, folder: Path, key: str, path: Path)
 
 def work(order: Order) -> str | None:
     """Train as one rank of a job; return the line of a bad input, or None."""
-    from growmerge.worker import end_with, give_up, leave, prepare_environment
+    from growmerge.worker import end_with, give_up, import_all, leave, prepare_environment
 
     if order.launcher is not None:
         end_with(order.launcher)
     else:
         signal.signal(signal.SIGUSR2, leave)
     prepare_environment(order.threads)
+    import_all(["growmerge.run_of_ranks"])
     from contextlib import nullcontext, suppress
 
     import torch

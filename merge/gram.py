@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from checkpoint import manifest
 from checkpoint.files import inside, read_json, write_bytes, write_json
@@ -23,6 +22,9 @@ from parallel.errors import InputError
 from parallel.families import family_of
 from parallel.faults import point
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 INDEX = "gram.json"
 FORMAT = 1
 SHARD = 5 * 10**9
@@ -30,7 +32,7 @@ SHARD = 5 * 10**9
 
 
 @torch.no_grad()
-def shared_inputs(model: PreTrainedModel) -> dict[str, str]:
+def shared_inputs(model: "PreTrainedModel") -> dict[str, str]:
     """Return the name of the Gram matrix of each linear layer's weight: layers of the same input share one.
 
     Those are the family's matrices and an untied head. Which share (q, k, v; gate, up) is seen in a pass over two
@@ -62,7 +64,7 @@ def shared_inputs(model: PreTrainedModel) -> dict[str, str]:
     return {name: found[name] for name in matrices} | {name: name.removesuffix(".weight") for name in heads}
 
 
-def gram_sums(model: PreTrainedModel) -> Sums:
+def gram_sums(model: "PreTrainedModel") -> Sums:
     """Return the sums that a pass of `merge.statistics.gram` starts from; memory is taken as they are written to."""
     sizes = {matrix: model.get_parameter(weight).shape[1] for weight, matrix in shared_inputs(model).items()}
     options: dict[str, Any] = {"dtype": torch.float64, "device": model.device}

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from eval.model import load_model, refill
 from eval.score import Request, token_logprobs, total
@@ -20,6 +19,9 @@ from merge.merge import MergedSource
 from merge.search_settings import Search
 from merge.stack import Order
 from parallel.rows import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH = 4096
 """Tokens of a batch at most, padding included."""
@@ -144,7 +146,7 @@ def search_weights(
     return Found(start=tries[0], best=best, tries=tuple(tries))
 
 
-def bits_per_byte(model: PreTrainedModel, text: Text) -> float:
+def bits_per_byte(model: "PreTrainedModel", text: Text) -> float:
     """Return what a text costs, by the rule of `eval.bits_per_byte`."""
     scores = token_logprobs(model, text.requests, batch_tokens=BATCH)
     return -sum(map(total, scores)) / math.log(2) / text.bytes

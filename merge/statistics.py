@@ -10,16 +10,18 @@ of threads, in one go or in several: they hold all that a pass needs to go on.
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from eval.score import LOGITS, Request
 from merge.gram import gram_sums
 from merge.statistics_files import Sums
 from parallel.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Labels = Literal["text", "sampled"]
 
@@ -28,14 +30,14 @@ After = Callable[[Sums], None]
 """Called after each batch: to save, and to say how far it is."""
 
 
-def fisher_sums(model: PreTrainedModel) -> Sums:
+def fisher_sums(model: "PreTrainedModel") -> Sums:
     """Return the sums that a pass of `fisher` starts from."""
     named = model.named_parameters()
     return Sums(tensors={name: torch.zeros_like(value, dtype=torch.float32) for name, value in named})
 
 
 def fisher(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     batches: Iterable[Sequence[Request]],
     *,
     labels: Labels = "text",
@@ -100,7 +102,7 @@ def _stream(seed: int, sequence: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key, "little"))
 
 
-def _log_likelihood(model: PreTrainedModel, request: Request, labels: Labels, draw: torch.Generator) -> torch.Tensor:
+def _log_likelihood(model: "PreTrainedModel", request: Request, labels: Labels, draw: torch.Generator) -> torch.Tensor:
     """Return ln p of a sequence's scored tokens (nats), or of labels drawn in their places, with its graph."""
     tokens = torch.tensor(request.tokens, device=model.device)
     hidden = model.base_model(input_ids=tokens[None, :-1], use_cache=False).last_hidden_state[0]  # [T, D]
@@ -121,12 +123,12 @@ def _log_likelihood(model: PreTrainedModel, request: Request, labels: Labels, dr
     return total
 
 
-def _piece(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _piece(model: "PreTrainedModel", hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = _logits(model, hidden)
     return (logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)).sum()
 
 
-def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+def _logits(model: "PreTrainedModel", hidden: torch.Tensor) -> torch.Tensor:
     """Return logits [S, V] of hidden states [S, D], as `eval.score` makes them."""
     logits = model.get_output_embeddings()(hidden) / (getattr(model.config, "logits_scaling", None) or 1.0)
     cap = getattr(model.config, "final_logit_softcapping", None)
@@ -135,7 +137,7 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def gram(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     batches: Iterable[Sequence[Request]],
     *,
     sums: Sums | None = None,
@@ -187,7 +189,7 @@ def gram(
     return totals
 
 
-def _padded(model: PreTrainedModel, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(model: "PreTrainedModel", batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a batch's inputs [B, T], padded on the right, and the flat places [S] that predict what is scored.
 
     Attention is causal: nothing that counts sees the padding, so no mask is needed.
@@ -202,7 +204,7 @@ def _padded(model: PreTrainedModel, batch: Sequence[Request]) -> tuple[torch.Ten
     return ids.to(model.device), torch.cat(where).to(model.device)
 
 
-def check_tokens(model: PreTrainedModel, request: Request) -> None:
+def check_tokens(model: "PreTrainedModel", request: Request) -> None:
     """Raise InputError if a token of a sequence is outside the model's vocabulary."""
     assert 1 <= request.context < len(request.tokens), request
     if (largest := max(request.tokens)) >= model.config.vocab_size:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from parallel.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,16 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world_size > 1:
+            import torch.distributed as dist  # who is alone needs no torch, which takes seconds to import
+
             dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order, on every rank (plain data; small)."""
         if self.world_size == 1:
             return [value]
+        import torch.distributed as dist
+
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
@@ -41,13 +45,17 @@ class Ranks:
         """Return rank 0's value on every rank (plain data; small)."""
         if self.world_size == 1:
             return value
+        import torch.distributed as dist
+
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def sum(self, value: "torch.Tensor") -> "torch.Tensor":
         """Add up a tensor over the ranks, in place."""
         if self.world_size > 1:
+            import torch.distributed as dist
+
             dist.all_reduce(value)
         return value
 
@@ -76,8 +84,10 @@ def readers(ranks: Ranks, place_of: Callable[[int], int]) -> Readers:
     return Readers(rank=place_of(ranks.rank), world_size=len(places), group=ranks, places=places)
 
 
-def device() -> torch.device:
+def device() -> "torch.device":
     """Return where this process computes."""
+    import torch
+
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -98,6 +108,9 @@ def connect(rank: int, world_size: int, *, rendezvous: Path | None = None) -> Ra
     Raises:
         InputError: the ranks do not meet within MEETING.
     """
+    import torch
+    import torch.distributed as dist
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())

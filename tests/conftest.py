@@ -1,8 +1,12 @@
 """Fixtures that tests of all rooms share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# As many processes test as there are cores: threads of tiny tensors would wait for one another most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

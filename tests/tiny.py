@@ -1,5 +1,6 @@
 """Tiny real models, and a group of real ranks; what tests of all rooms use."""
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -60,6 +61,7 @@ def _rank(
     given: tuple[Any, ...],
     named: dict[str, Any],
 ) -> None:
+    gc.freeze()  # What was imported is no garbage, and DeepSpeed searches all there is before each engine.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.environ.clear()  # of the moment when the server began
@@ -82,7 +84,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-PRELOADED = ["deepspeed", "hypothesis", "pytest", "transformers.models.llama.modeling_llama", "train.pipeline"]
+PRELOADED = [
+    *("deepspeed", "hypothesis", "pytest", "transformers.models.llama.modeling_llama", "train.pipeline"),
+    *("growmerge.merge_stages", "growmerge.results", "growmerge.run_of_ranks", "growmerge.scores"),
+]
 """What ranks import anyway: seconds of CPU each, which they share as forks of one server that has done nothing else."""
 
 

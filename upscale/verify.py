@@ -4,14 +4,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from upscale.factors import AxisGrowth
 from upscale.state import Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Preservation:
 
 
 @torch.inference_mode()
-def compare(small: PreTrainedModel, grown: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Preservation:
+def compare(small: "PreTrainedModel", grown: "PreTrainedModel", batches: Iterable[torch.Tensor]) -> Preservation:
     """Run both models on token ids [B, T] and compare their logits [B, T, V].
 
     The models compute in the dtype that they were loaded in. Load both from their checkpoints: casting a running
@@ -85,8 +88,8 @@ class GradientCheck:
 
 
 def check_gradients(
-    small: PreTrainedModel,
-    grown: PreTrainedModel,
+    small: "PreTrainedModel",
+    grown: "PreTrainedModel",
     ids: torch.Tensor,
     growths: Mapping[str, Sequence[AxisGrowth]],
     rules: Mapping[str, Rule],

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tiny import tiny_config
 import checkpoint.writer as writing
 from checkpoint import behind, blocks, manifest
 from checkpoint.layout import Fragment
-from checkpoint.memory import ScratchSource
+from checkpoint.memory import MemorySource, ScratchSource
 from checkpoint.safetensors import SafetensorsLayout, open_safetensors
 from checkpoint.source import Wrapped, read_tensor
 from checkpoint.writer import PROGRESS, Output, write_checkpoint, write_checkpoints
@@ -25,9 +25,12 @@ from parallel.errors import InputError
 EMBEDDING = "model.embed_tokens.weight"
 
 
+@cache
 def source(seed=0, vocab_size=300_000):
-    """A model whose file has three blocks."""
-    return ScratchSource(config=tiny_config(vocab_size=vocab_size), seed=seed)
+    """A model whose file has three blocks; its numbers are drawn once."""
+    drawn = ScratchSource(config=tiny_config(vocab_size=vocab_size), seed=seed)
+    tensors = {name: read_tensor(drawn, name) for name, info in drawn.infos.items() if info.tied_to is None}
+    return MemorySource(config=drawn.config, tensors=tensors)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "growmerge"))
 
+import forked
 from toy import PIPELINE, command, growmerge, numbers, write_toy
 
 from train.tracker import read_metrics
@@ -31,6 +32,10 @@ evaluation: {pairs: 10, resamples: 200, sample_tokens: 5}
 resources: {ranks: 2, threads: 1}
 """
 )
+SHORT = SMALL.replace("  est: {train: {from: seed, data: est, training: {steps: 6}}}\n", "").replace(
+    "[swe, est]", "[seed, swe]"
+)
+"""With a job of two nodes less."""
 ON_CLUSTER = "resources: {ranks: 2, nodes: 2, threads: 1, minutes: 30, profile: profile.yaml, per_job: 4}"
 PROFILE = """
 slurm: {mem-per-cpu: 1000}
@@ -58,10 +63,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(folder):
     """The workdir of a run on this machine."""
-    path = write_toy(folder, SMALL)
-    found = growmerge("run", str(path), "--workdir", str(folder / "local"), "--executor", "local")
+    return run_here(folder, SMALL, "local")
+
+
+def run_here(folder, text, name):
+    path = write_toy(folder, text)
+    found = forked.growmerge("run", str(path), "--workdir", str(folder / name), "--executor", "local")
     assert found.returncode == 0, found.stderr
-    return folder / "local"
+    return folder / name
 
 
 @pytest.fixture
@@ -108,9 +117,9 @@ def until_step(workdir, stage, step, process):
         time.sleep(0.05)
 
 
-def test_a_pipeline_over_two_nodes_ends_with_the_numbers_of_one_machine(local, folder, environment, cluster):
-    workdir = folder / "whole"
-    process = start(write(folder), workdir, environment)
+def test_a_pipeline_over_two_nodes_ends_with_the_numbers_of_one_machine(folder, environment, cluster):
+    local, workdir = run_here(folder, SHORT, "short"), folder / "whole"
+    process = start(write(folder, SHORT), workdir, environment)
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert "jobs submitted; they go on without this command" in err

@@ -8,9 +8,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "growmerge"))
 
+import forked
 from daemons import until
 from runs import EVERY, PROFILE, STEPS, Run, losses, prepare, weights, write
-from toy import command
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,9 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(home):
     """The folder of a run that nothing hit, on this machine."""
-    import subprocess
-
     path = write(home, "whole", nodes=1)
-    subprocess.run(command("train", path.name, "--executor", "local"), cwd=home, check=True, capture_output=True)
+    found = forked.growmerge("train", path.name, "--executor", "local", cwd=home)
+    assert found.returncode == 0, found.stderr
     return home / "runs" / "whole"
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 from toy import growmerge, write_toy
 
@@ -32,7 +33,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 def test_dry_run_prints_every_stage_and_does_nothing(tmp_path):
     path = write_toy(tmp_path)
-    shown = growmerge("run", str(path), "--dry-run", "--workdir", str(tmp_path / "run"), COLUMNS="120")
+    shown = forked.growmerge("run", str(path), "--dry-run", "--workdir", str(tmp_path / "run"), COLUMNS="120")
     assert shown.returncode == 0, shown.stderr
     for words in ("seed-2x", "2x-ties", "10.2k", "FLOPs"):
         assert words in shown.stdout
@@ -43,7 +44,7 @@ def test_inspect_says_what_a_checkpoint_is_and_finds_a_flipped_bit(tiny_folder, 
     folder = tmp_path / "model"
     about = {"name": "seed", "verb": "train", "parents": []}
     write_checkpoint(open_checkpoint(tiny_folder()), folder, SafetensorsLayout(), about=about)
-    shown = growmerge("inspect", str(folder), "--check", COLUMNS="150")
+    shown = forked.growmerge("inspect", str(folder), "--check", COLUMNS="150")
     assert shown.returncode == 0, shown.stderr
     for words in ("safetensors", "llama", "weight float32", "lm_head.weight = model.embed_tokens.weight", "train seed"):
         assert words in shown.stdout
@@ -52,7 +53,7 @@ def test_inspect_says_what_a_checkpoint_is_and_finds_a_flipped_bit(tiny_folder, 
     data[-1] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    found = growmerge("inspect", str(folder), "--check")
+    found = forked.growmerge("inspect", str(folder), "--check")
     assert found.returncode == 2
     assert "model.safetensors: damaged (checksum of block 0" in found.stderr
 
@@ -74,7 +75,8 @@ def test_a_package_that_shadows_a_room_is_named(tmp_path, monkeypatch):
 
 def test_slurm_is_refused_where_there_is_none(tmp_path):
     path = write_toy(tmp_path)
-    found = growmerge("run", str(path), "--workdir", str(tmp_path / "run"), "--executor", "slurm", PATH=str(tmp_path))
+    options = ("--workdir", str(tmp_path / "run"), "--executor", "slurm")
+    found = forked.growmerge("run", str(path), *options, PATH=str(tmp_path))
     assert found.returncode == 2
     assert "no sbatch on PATH" in found.stderr
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from toy import growmerge
 
@@ -49,7 +50,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_table_says_what_was_made_and_a_second_run_does_nothing(config: Path) -> None:
-    shown = growmerge("data", "prepare", str(config), COLUMNS="150")
+    shown = forked.growmerge("data", "prepare", str(config), COLUMNS="150")
     assert shown.returncode == 0, shown.stderr
     rows = {line.split()[0]: line.split() for line in shown.stdout.splitlines()}
     swe, est = (json.loads((config.parent / "out" / f"{name}.json").read_text()) for name in ("swe", "est"))
@@ -64,7 +65,7 @@ def test_a_table_says_what_was_made_and_a_second_run_does_nothing(config: Path) 
     assert "swe: done" in shown.stderr and "Traceback" not in shown.stderr
     events = [json.loads(line) for line in (config.parent / "out" / "log.jsonl").read_text().splitlines()]
     assert [event["corpus"] for event in events if event["event"] == "done"] == ["swe", "est"]
-    again = growmerge("data", "prepare", str(config), COLUMNS="150")
+    again = forked.growmerge("data", "prepare", str(config), COLUMNS="150")
     first, *table = again.stdout.splitlines()
     assert first == "nothing to do: all 2 corpora are up to date" and table == shown.stdout.splitlines()
     assert not (config.parent / "out" / "lease.json").exists()
@@ -101,8 +102,8 @@ def test_every_byte_is_read_where_asked(config: Path) -> None:
     data[4] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert growmerge("data", "prepare", str(config)).returncode == 0  # by size and time all is as it was
-    shown = growmerge("data", "prepare", str(config), "--check")
+    assert forked.growmerge("data", "prepare", str(config)).returncode == 0  # by size and time all is as it was
+    shown = forked.growmerge("data", "prepare", str(config), "--check")
     assert shown.returncode == 2
     assert shown.stderr.strip().endswith(
         "swe.json: a file that it lists is damaged (checksum); delete it to have all made again"
@@ -165,7 +166,7 @@ def test_two_at_once_in_one_folder_are_refused(config: Path) -> None:
 
     (config.parent / "out").mkdir()
     with Lease(config.parent / "out" / "lease.json", "another"):
-        shown = growmerge("data", "prepare", str(config))
+        shown = forked.growmerge("data", "prepare", str(config))
     assert shown.returncode == 2 and "out is in use: another" in shown.stderr
 
 
@@ -185,7 +186,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(config: Path) -> N
         assert not (disk / "swe.json").exists() and "Traceback" not in shown.stderr
         assert not list(disk.rglob(".*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
-        assert growmerge("data", "prepare", str(config)).returncode == 0
+        assert forked.growmerge("data", "prepare", str(config)).returncode == 0
         found = open_tokens(disk / "swe").metadata
         assert found["documents"] + found["heldout"]["documents"] == 4060
     finally:

@@ -143,7 +143,11 @@ ERRORS = [
         "46: evaluation.stride: 65 is not shorter than the window of 64 tokens",
     ),
     # text
-    ("- files: texts/eng/*.txt", "[]", "4: corpora.eng: language without text: no `sources`, and no `prepared` folder*"),
+    (
+        "- files: texts/eng/*.txt",
+        "[]",
+        "4: corpora.eng: language without text: no `sources`, and no `prepared` folder*",
+    ),
     ("- files: texts/eng/*.txt", "- {}", "8: corpora.eng.sources.0: no text: it needs `files` (a glob) or `package`"),
     (", files: sv.json", "", "12: corpora.swe.sources.0: no text: it needs `files`: which files of the wheel"),
     ("*.txt", "*.txt\n        sha256: ab", "9: corpora.eng.sources.0.sha256: has a meaning for a `package` alone,*"),

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import growmerge
 from pipeline_files import change
 from test_config import matches
-from toy import growmerge, numbers, write_toy
+from toy import numbers, write_toy
 
 from checkpoint.open import open_checkpoint
 from growmerge.prepared import prepared_text

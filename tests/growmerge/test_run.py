@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import forked
 import psutil
 import pytest
 from toy import PIPELINE, command, growmerge, numbers, started, write_toy
@@ -30,8 +33,6 @@ POINTS = [
     "stage/2x-ties",
     "stage/report",
 ]
-SOME = ["save/manifest"]
-"""A half-written checkpoint."""
 
 ALONE = PIPELINE.replace("ranks: 2", "ranks: 1")
 """Half the processes to start, where what runs does not depend on their number."""
@@ -72,6 +73,14 @@ def undisturbed(tmp_path_factory):
 
 def run_of(undisturbed):
     return undisturbed[0] / "run"
+
+
+def copy_of(undisturbed, place, *, without=()):
+    """Return a copy of the undisturbed run's workdir, in which some stages are not done."""
+    shutil.copytree(run_of(undisturbed), place, symlinks=True)
+    for stage in without:
+        shutil.rmtree(place / "stages" / stage)
+    return place
 
 
 def test_a_run_ends_with_models_that_stock_transformers_loads(undisturbed):
@@ -184,16 +193,15 @@ def test_every_model_is_asked_the_tasks_of_the_file(undisturbed):
 
 def test_an_unfinished_run_has_a_report(undisturbed, tmp_path):
     folder, _ = undisturbed
-    workdir = tmp_path / "run"
-    shutil.copytree(folder / "run", workdir, symlinks=True)
-    again = growmerge("report", str(workdir))
+    workdir = copy_of(undisturbed, tmp_path / "run")
+    again = forked.growmerge("report", str(workdir))
     assert again.returncode == 0, again.stderr
     assert (workdir / "report.html").read_bytes() == (folder / "run" / "report.html").read_bytes()
     for name in ("2x-ties", "evaluate/2x-ties", "report"):  # as a kill leaves it
         for path in (workdir / "stages" / name).glob(f"*/{manifest.NAME}"):
             path.unlink()
     (workdir / "results.json").unlink()
-    told = growmerge("report", str(workdir))
+    told = forked.growmerge("report", str(workdir))
     assert told.returncode == 0, told.stderr
     assert told.stdout.strip() == str(workdir / "report.html")
     whole, found = numbers(folder / "run"), numbers(workdir)
@@ -204,7 +212,7 @@ def test_an_unfinished_run_has_a_report(undisturbed, tmp_path):
     answers = {one["id"]: one["verdict"] for one in found["questions"]}
     assert answers["Q5/ties"] == "not resolved by this run"
     assert answers["Q1"] == {one["id"]: one["verdict"] for one in whole["questions"]}["Q1"]
-    nothing = growmerge("report", str(tmp_path))
+    nothing = forked.growmerge("report", str(tmp_path))
     assert (nothing.returncode, nothing.stderr) == (
         2,
         f"growmerge: {tmp_path}: nothing of `growmerge run`, `train` or `eval` is there\n",
@@ -270,21 +278,26 @@ def assert_same(folder: Path, workdir: Path) -> None:
         assert ours == (model / "model.safetensors").read_bytes(), model.name
 
 
-def assert_goes_on(folder: Path, workdir: Path) -> None:
-    ended = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+def assert_goes_on(folder: Path, workdir: Path, run: Callable[..., Any] = growmerge) -> None:
+    ended = run("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
     assert ended.returncode == 0, ended.stderr
     assert_same(folder, workdir)
 
 
-@pytest.mark.parametrize(
-    "points",
-    [pytest.param(SOME, marks=pytest.mark.covered), pytest.param(POINTS, marks=pytest.mark.slow)],
-    ids=["some", "all"],
-)
-def test_killed_at_named_points_it_ends_with_the_very_numbers(undisturbed, tmp_path, points):
+@pytest.mark.covered
+def test_killed_in_a_save_it_ends_with_the_very_numbers(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    workdir = copy_of(undisturbed, tmp_path / "run", without=["2x-est"])
+    assert run_and_kill(folder, workdir, at="save/manifest")
+    assert_goes_on(folder, workdir, forked.growmerge)
+    assert started(workdir) == ["2x-est"]
+
+
+@pytest.mark.slow
+def test_killed_at_named_points_it_ends_with_the_very_numbers(undisturbed, tmp_path):
     folder, _ = undisturbed
     workdir = tmp_path / "run"
-    for point in points:
+    for point in POINTS:
         assert run_and_kill(folder, workdir, at=point), f"{point} was never reached"
     assert_goes_on(folder, workdir)
 
@@ -307,11 +320,10 @@ def test_killed_at_20_random_moments_it_ends_with_the_very_numbers(undisturbed, 
 
 def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tmp_path):
     folder, _ = undisturbed
-    workdir = tmp_path / "run"
-    shutil.copytree(folder / "run", workdir, symlinks=True)
+    workdir = copy_of(undisturbed, tmp_path / "run")
     changed = folder / "changed.yaml"
     changed.write_text(ALONE.replace('method: "{method}"}', 'method: "{method}", parameters: {density: 0.3}}'))
-    ran = growmerge("run", str(changed), "--workdir", str(workdir))
+    ran = forked.growmerge("run", str(changed), "--workdir", str(workdir))
     assert ran.returncode == 0, ran.stderr
     # linear has no density
     assert started(workdir) == ["1x-ties", "2x-ties", "evaluate/1x-ties", "evaluate/2x-ties", "report"]
@@ -322,7 +334,7 @@ def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tm
     # Going back finds the old results and shows the old report; what the user put beside the links stays.
     (workdir / "models" / "mine").mkdir()
     (workdir / "report.md").unlink()
-    back = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+    back = forked.growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
     assert "nothing to do" in back.stdout
     for name in ("results.json", "report.html", "report.md"):
         assert (workdir / name).read_bytes() == (folder / "run" / name).read_bytes()
@@ -331,7 +343,7 @@ def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tm
 
     # What only the report says of the text re-runs the report alone, which mends the cards too.
     changed.write_text(ALONE.replace("edition: made up", "edition: corrected").replace("every: 5", "every: 4"))
-    ran = growmerge("run", str(changed), "--workdir", str(workdir))
+    ran = forked.growmerge("run", str(changed), "--workdir", str(workdir))
     assert ran.returncode == 0, ran.stderr
     assert started(workdir) == ["report"]
     assert "corrected" in (workdir / "models" / "2x-ties" / "README.md").read_text()
@@ -340,13 +352,12 @@ def test_a_changed_file_runs_what_depends_on_it_and_nothing_else(undisturbed, tm
 
 def test_files_damaged_since_are_noticed_and_made_again(undisturbed, tmp_path):
     folder, _ = undisturbed
-    workdir = tmp_path / "run"
-    shutil.copytree(folder / "run", workdir, symlinks=True)
+    workdir = copy_of(undisturbed, tmp_path / "run")
     victim = workdir / "models" / "2x-ties" / "model.safetensors"
     victim.write_bytes(victim.read_bytes()[:-4])
     (log,) = (workdir / "stages" / "base-1x").glob("*/metrics.jsonl")
     log.write_bytes(log.read_bytes()[:300])
-    ran = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+    ran = forked.growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
     assert ran.returncode == 0, ran.stderr
     assert started(workdir) == ["base-1x", "2x-ties"]
     manifest.check(victim.resolve().parent, deep=True)
@@ -359,8 +370,7 @@ def test_files_damaged_since_are_noticed_and_made_again(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_check_that_is_not_passed_is_exit_code_1(undisturbed, tmp_path):
     folder, _ = undisturbed
-    workdir = tmp_path / "run"
-    shutil.copytree(folder / "run", workdir, symlinks=True)
+    workdir = copy_of(undisturbed, tmp_path / "run")
     changed = folder / "asks-too-much.yaml"
     changed.write_text(ALONE.replace("by: 0.2", "by: 5.0"))
     failed = growmerge("run", str(changed), "--workdir", str(workdir))
@@ -369,26 +379,6 @@ def test_a_check_that_is_not_passed_is_exit_code_1(undisturbed, tmp_path):
     again = growmerge("run", str(changed), "--workdir", str(workdir))
     assert again.returncode == 1
     assert "nothing to do" in again.stdout
-
-
-def test_a_second_run_at_once_is_refused_with_its_owners_name(undisturbed, tmp_path):
-    folder, _ = undisturbed
-    workdir = tmp_path / "run"
-    marker = tmp_path / "reached"
-    first = psutil.Popen(
-        command("run", str(folder / "toy.yaml"), "--workdir", str(workdir)),
-        env={**os.environ, "GROWMERGE_FAULT": f"{marker}:stage/text"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not marker.exists():
-        time.sleep(0.05)
-    second = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
-    kill_tree(psutil.Process(first.pid))
-    assert second.returncode == 2
-    assert second.stderr.count("\n") == 1
-    assert f"{workdir} is in use: growmerge run" in second.stderr
-    assert f"pid {first.pid} of" in second.stderr
 
 
 @pytest.fixture
@@ -403,8 +393,8 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def assert_full(folder: Path, workdir: Path) -> None:
-    full = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+def assert_full(folder: Path, workdir: Path, run: Callable[..., Any] = growmerge) -> None:
+    full = run("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
     assert full.returncode in (1, 2), full.stderr
     assert "no space left" in full.stderr.splitlines()[-1], full.stderr
     assert "Traceback" not in full.stderr
@@ -413,14 +403,12 @@ def assert_full(folder: Path, workdir: Path) -> None:
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(undisturbed, disk):
     """It fills up in one stage of training; the others are done."""
     folder, (disk, resize) = undisturbed[0], disk
-    workdir = disk / "run"
-    shutil.copytree(folder / "run", workdir, symlinks=True)
-    shutil.rmtree(workdir / "stages" / "2x-est")
+    workdir = copy_of(undisturbed, disk / "run", without=["2x-est"])
     resize(shutil.disk_usage(disk).used + 300_000)
-    assert_full(folder, workdir)
+    assert_full(folder, workdir, forked.growmerge)
     assert started(workdir) == ["2x-est"]
     resize("200m")
-    assert_goes_on(folder, workdir)
+    assert_goes_on(folder, workdir, forked.growmerge)
     assert started(workdir) == ["2x-est"]
 
 
@@ -438,7 +426,7 @@ def test_disks_that_are_full_at_any_stage(undisturbed, disk):
 def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path, victim):
     """Rank 1 dies in a save and rank 0 waits for it; or rank 0 dies and rank 1 never learns of it by itself."""
     folder, _ = undisturbed
-    workdir, marker = tmp_path / "run", tmp_path / "reached"
+    workdir, marker = copy_of(undisturbed, tmp_path / "run", without=["2x-est"]), tmp_path / "reached"
     process = psutil.Popen(
         command("run", str(folder / "toy.yaml"), "--workdir", str(workdir)),
         env={**os.environ, "GROWMERGE_FAULT": f"{marker}:save/optim/1"},
@@ -453,14 +441,14 @@ def test_a_rank_that_dies_ends_the_run_with_one_clear_line(undisturbed, tmp_path
     dying.kill()
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert f"seed: rank {victim} failed: it died without a message (killed, or out of memory)" in error
+    assert f"2x-est: rank {victim} failed: it died without a message (killed, or out of memory)" in error
     assert "Traceback" not in error
     assert not psutil.wait_procs(ranks, timeout=10)[1]
 
 
-def test_ctrl_c_ends_all_of_it_with_one_line(undisturbed, tmp_path):
+def test_a_second_run_at_once_is_refused_and_ctrl_c_ends_all_of_the_first_with_one_line(undisturbed, tmp_path):
     folder, _ = undisturbed
-    workdir, marker = tmp_path / "run", tmp_path / "reached"
+    workdir, marker = copy_of(undisturbed, tmp_path / "run", without=["2x-est"]), tmp_path / "reached"
     process = psutil.Popen(
         command("run", str(folder / "toy.yaml"), "--workdir", str(workdir)),
         env={**os.environ, "GROWMERGE_FAULT": f"{marker}:step/3"},
@@ -473,6 +461,11 @@ def test_ctrl_c_ends_all_of_it_with_one_line(undisturbed, tmp_path):
     )
     while not marker.exists():
         time.sleep(0.05)
+    second = growmerge("run", str(folder / "toy.yaml"), "--workdir", str(workdir))
+    assert second.returncode == 2
+    assert second.stderr.count("\n") == 1
+    assert f"{workdir} is in use: growmerge run" in second.stderr
+    assert f"pid {process.pid} of" in second.stderr
     family = process.children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher and all ranks at once
     _, error = process.communicate(timeout=60)

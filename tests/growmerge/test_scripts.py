@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import PIPELINE, growmerge, write_toy
+from forked import growmerge
+from toy import PIPELINE, write_toy
 
 HERE = Path(__file__).parent
 STAGES = """\

@@ -146,8 +146,17 @@ def test_windows(model, text):
     assert [one for batch in batches for one in batch] == plain and len(batches[0]) == 3
 
 
-@pytest.mark.parametrize("statistic", ["fisher", "gram"])
-@pytest.mark.parametrize("place", ["write/.statistics.safetensors", "stats/5", "write/manifest"])
+@pytest.mark.parametrize(
+    ("statistic", "place"),
+    [
+        ("fisher", "stats/5"),
+        ("fisher", "write/manifest"),
+        ("gram", "write/.statistics.safetensors"),
+        pytest.param("fisher", "write/.statistics.safetensors", marks=pytest.mark.slow),
+        pytest.param("gram", "stats/5", marks=pytest.mark.slow),
+        pytest.param("gram", "write/manifest", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_gone_on(statistic, place, model, text, tmp_path, monkeypatch):
     root = Path(__file__).parents[2]
     program = f"import growmerge.statistics; growmerge.statistics.BATCH = 128; {PROGRAM}"

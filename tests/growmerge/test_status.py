@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from toy import command, growmerge
+from forked import growmerge
+from toy import command
 
 sys.path.append(str(Path(__file__).parents[1] / "cluster"))
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_merging import models, told  # noqa: F401
 from tiny import tiny_model
-from toy import command, growmerge
+from toy import command
 
 from checkpoint import manifest
 from checkpoint.open import open_checkpoint
@@ -90,8 +90,8 @@ def test_killed_it_goes_on(folder):
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*/model-00001*")}
     assert len(kept) == 31 and not list((folder / "out").glob("*/manifest.json"))
-    ended = growmerge(*arguments)
-    assert ended.returncode == 0, ended.stderr
+    ended = told(*arguments)
+    assert ended.exit_code == 0, ended.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert told("sweep", "spec.yaml", "whole").exit_code == 0
     for entry in shown(folder / "out"):

@@ -13,6 +13,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 from test_merging import told
@@ -93,6 +94,12 @@ def start(path, *options, **environment):
 
 
 def run(path, *options, **environment):
+    found = forked.growmerge("train", str(path), *options, cwd=path.parent, **environment)
+    return found.returncode, found.stdout, found.stderr
+
+
+def run_apart(path, *options, **environment):
+    """Run it in processes of its own."""
     process = start(path, *options, **environment)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
@@ -101,7 +108,7 @@ def run(path, *options, **environment):
 @pytest.fixture(scope="module")
 def whole(home):
     """A run from beginning to end."""
-    code, out, err = run(write(home, "whole"))
+    code, out, err = run_apart(write(home, "whole"))
     assert code == 0, err
     assert "done: model:" in out
     return home / "runs" / "whole"
@@ -218,7 +225,7 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_goes_on(whole, home,
 @pytest.mark.slow
 def test_without_progress_it_says_so_and_leaves_the_stacks(home, tmp_path):
     path = write(home, "stalled", stall_minutes="0.1")
-    code, _, err = run(path, GROWMERGE_FAULT=f"{tmp_path / 'there'}:step/6")
+    code, _, err = run_apart(path, GROWMERGE_FAULT=f"{tmp_path / 'there'}:step/6")
     assert code == 1
     found = re.search(r"rank \d failed: no progress for 0:00:06 .* in its log: (\S+)", err)
     assert found, err
@@ -249,7 +256,7 @@ def test_a_full_disk_costs_saves_and_nothing_else(whole, home, tmp_path):
         (disk / "run" / "checkpoints" / "latest").write_text("step-00000008")
         with (disk / "ballast").open("wb") as ballast:
             ballast.write(bytes(shutil.disk_usage(disk).free - 300_000))
-        code, _, err = run(path, *to)
+        code, _, err = run_apart(path, *to)
         assert code == 1
         for step in (9, 10, 11, 12):
             assert f"full: not saved: {disk / 'run' / 'checkpoints' / f'step-{step:08d}'}: no space left" in err, err

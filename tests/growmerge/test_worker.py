@@ -55,6 +55,28 @@ def test_told_to_stop_with_nothing_to_save_it_says_whether_its_time_is_up(monkey
     assert subprocess.run([sys.executable, "-c", LEAVES], check=False, timeout=60).returncode == code
 
 
+@pytest.mark.parametrize(
+    ("modules", "later"),
+    [
+        ("growmerge.run, growmerge.on_machine, growmerge.worker, growmerge.texts", "torch"),
+        ("growmerge.scores, growmerge.verify, merge.search", "transformers"),
+    ],
+)
+def test_what_takes_seconds_to_import_is_imported_where_it_is_used(modules, later):
+    imported = f"import sys, {modules}; print({later!r} in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+
+
+def test_what_was_imported_is_not_searched_for_garbage():
+    code = (
+        "import gc; from growmerge.worker import import_all; import_all(['growmerge.tasks', 'growmerge.texts']);"
+        "print(gc.isenabled(), gc.get_freeze_count() > 10_000, 'growmerge.texts' in __import__('sys').modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "True True True\n"
+
+
 def test_a_stage_that_crashes_leaves_the_others_of_its_job_alone_and_is_tried_again(tmp_path):
     write_toy(tmp_path)
     (tmp_path / "run" / "leases").mkdir(parents=True)

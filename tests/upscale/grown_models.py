@@ -1,10 +1,28 @@
-"""Tiny random Llamas, and their weights as sources."""
+"""Tiny random Llamas, their weights as sources, and what tests ask of all of them."""
 
+from collections.abc import Iterable
+from itertools import product
+
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from checkpoint.memory import MemorySource
 from checkpoint.source import Source, read_tensor
+
+
+def tied_in_turn(*axes: Iterable[str]) -> list[object]:
+    """Return the parameters of all combinations, each with tied embeddings and untied; every other one is slow.
+
+    Each value of an axis is there with either.
+    """
+    found = []
+    for places in product(*(enumerate(axis) for axis in axes)):
+        names = [name for _, name in places]
+        for tied in (True, False):
+            slow = [pytest.mark.slow] if (sum(place for place, _ in places) + (not tied)) % 2 else []
+            found.append(pytest.param(*names, tied, id="-".join((*names, "tied" if tied else "untied")), marks=slow))
+    return found
 
 
 def config(tied: bool = True, **changes: object) -> dict:

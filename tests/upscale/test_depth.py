@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from grown_models import loaded, random_source
+from grown_models import loaded, random_source, tied_in_turn
 from test_grow import FAMILIES, IDS
 
 from checkpoint.memory import MemorySource
@@ -47,8 +47,7 @@ LAST = {("gemma", "olmo2"): "post_feedforward_layernorm", ("gpt_neox",): "mlp.de
 """What a layer ends with."""
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+@pytest.mark.parametrize(("family", "tied"), tied_in_turn(["llama", *FAMILIES]))
 def test_identity_keeps_every_family_with_width_and_without(family: str, tied: bool) -> None:
     small = random_source(tied, **LAYERS, **FAMILIES.get(family, {}))
     before = loaded(small)
@@ -87,8 +86,7 @@ def test_other_methods_are_the_stock_model_with_its_layers_moved(family: str, de
         print(f"\n{family} {depth}: loss {found.loss_small:.3f} -> {found.loss_grown:.3f} right after growth", end="")
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+@pytest.mark.parametrize(("family", "tied"), tied_in_turn(["llama", *FAMILIES]))
 def test_vocabulary_then_width_then_depth(family: str, tied: bool) -> None:
     small = random_source(tied, **LAYERS, **FAMILIES.get(family, {}))
     rows = rows_of([[number] for number in range(40)] + [[3, 4], []])

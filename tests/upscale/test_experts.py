@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grown_models import config, loaded, random_source
+from grown_models import config, loaded, random_source, tied_in_turn
 from safetensors.torch import load_file
 from test_depth import LAYERS, Trained
 from test_grow import IDS, VARIANTS
@@ -65,9 +65,7 @@ def names_in(folder: Path) -> set[str]:
     return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize(("family", "variant", "tied"), tied_in_turn(MOE, VARIANTS))
 def test_every_variant_keeps_every_family(family: str, variant: str, tied: bool) -> None:
     small = random_source(tied, **MOE[family])
     before = loaded(small)
@@ -104,8 +102,7 @@ def test_a_stock_model_is_read_grown_and_written_as_transformers_itself_would(fa
         assert getattr(big.config, key) == 3 * getattr(small.config, key)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize(("family", "tied"), tied_in_turn(MOE))
 def test_identity_layers_keep_every_family_and_learn(family: str, tied: bool) -> None:
     small = random_source(tied, **LAYERS, **MOE[family])
     before = loaded(small)
@@ -186,8 +183,7 @@ def test_boxes_do_not_matter(recipe: Recipe) -> None:
         assert torch.equal(part, whole[box])
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize(("family", "tied"), tied_in_turn(MOE))
 def test_gradients_follow_the_rule(family: str, tied: bool) -> None:
     small = random_source(tied, **MOE[family])
     for recipe in (Recipe(width=2, ffn=3, method="symmetric"), Recipe(width=2, method="diagonal"), Recipe(width=3)):

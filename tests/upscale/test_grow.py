@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from grown_models import loaded, random_source
+from grown_models import loaded, random_source, tied_in_turn
 
 from checkpoint.memory import MemorySource
 from checkpoint.safetensors import SafetensorsLayout, open_safetensors
@@ -79,9 +79,7 @@ FUSED = {
 }
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+@pytest.mark.parametrize(("family", "variant", "tied"), tied_in_turn(["llama", *FAMILIES], VARIANTS))
 def test_every_variant_keeps_every_family(family: str, variant: str, tied: bool) -> None:
     small = random_source(tied, **FAMILIES.get(family, {}))
     fused = next((why for name, why in FUSED.items() if family.startswith(name)), None)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grown_models import loaded, random_source
+from grown_models import loaded, random_source, tied_in_turn
 from test_depth import Trained
 from test_grow import FAMILIES, IDS
 
@@ -35,9 +35,7 @@ NEW = {"llama3": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low
 }}, "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}}}  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("family", ["llama", *FAMILIES, *NEW])
+@pytest.mark.parametrize(("family", "name", "tied"), tied_in_turn(["llama", *FAMILIES, *NEW], RECIPES))
 def test_every_size_keeps_every_family(family: str, name: str, tied: bool) -> None:
     given = {**FAMILIES, **NEW}.get(family, {})
     small, recipe = random_source(tied, **given), Recipe(**RECIPES[name])
