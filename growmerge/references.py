@@ -18,6 +18,7 @@ from merge.table import METHODS, statistic_of
 from parallel.errors import InputError, one_of
 from train.schedule import Schedule
 
+Body = TrainStage | GrowStage | MergeStage
 SAME_IN_A_BRANCH = ("sequence_length", "global_batch", "lr", "schedule", "warmup", "betas", "dynamics")
 """Keys of a training that its branches share."""
 
@@ -211,18 +212,29 @@ def _check_merge(draft: Draft, stage: MergeStage, pipeline: Pipeline, folder: Pa
 
 def check_bases(drafts: Mapping[str, Draft], inputs: Mapping[str, Sequence[str]]) -> None:
     """Check that the models of merges stem from their base, as far as the file says where they come from."""
+    bodies = {name: draft.body for name, draft in drafts.items()}
     for draft in drafts.values():
         stage = draft.stage.merge
-        if stage and not stage.allow_unrelated and (others := unrelated(stage, inputs)):
+        if stage and not stage.allow_unrelated and (others := unrelated(stage, bodies, inputs)):
             line = f"{others[0]} was not trained from {stage.base}: name what it was, or give allow_unrelated: true"
             raise draft.marks.error(draft.key("base"), line)
 
 
-def unrelated(stage: MergeStage, inputs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the stages that a merge takes and that do not go back to its base; none if its method goes by no base."""
+def unrelated(stage: MergeStage, bodies: Mapping[str, Body], inputs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the stages that a merge takes and that do not go back to its base; none if its method goes by no base.
+
+    Of what goes back to a checkpoint's path that is not known here.
+    """
     if stage.base not in inputs or METHODS[merge_method(stage)].base == "none":
         return []
-    return [name for name in stage.from_ if name in inputs and stage.base not in _ancestors(name, inputs)]
+    lines = {name: _ancestors(name, inputs) for name in stage.from_ if name in inputs}
+    known = {name: line for name, line in lines.items() if not any(_reads_path(bodies[one]) for one in line)}
+    return [name for name, line in known.items() if stage.base not in line]
+
+
+def _reads_path(stage: Body) -> bool:
+    named = (*stage.from_, stage.base or "") if isinstance(stage, MergeStage) else (stage.from_,)
+    return any(is_path(name) for name in named)
 
 
 def _ancestors(name: str, inputs: Mapping[str, Sequence[str]]) -> set[str]:

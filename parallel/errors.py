@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-MOST_NAMES = 60
+MOST_NAMES = 250
 """Allowed names that a line lists."""
 
 
