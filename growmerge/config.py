@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from growmerge import rules, rules_data, rules_eval, rules_mixture, rules_pipeline
 from growmerge.overlay import read_layers
-from growmerge.schema import Pipeline, Stage, Training, TrainStage
+from growmerge.schema import Pipeline, Stage, TrainStage
+from growmerge.schema_training import Training
 from parallel.document import Item, read_document
 from parallel.errors import InputError, one_of
 

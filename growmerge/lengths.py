@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from growmerge.resolved import corpora_of
 from growmerge.rules_pipeline import parts
-from growmerge.schema import Pipeline, Training
+from growmerge.schema import Pipeline
 from growmerge.schema_mixture import CorpusSize, long_form
+from growmerge.schema_training import Training
 
 if TYPE_CHECKING:
     from train.data.mixing import Size

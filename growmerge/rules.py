@@ -10,25 +10,20 @@ from typing import Any
 
 from growmerge.schema import (
     Check,
-    Corpus,
     Evaluation,
     GrowStage,
-    HeldOut,
     MergeStage,
     ModelConfig,
     Pipeline,
-    Prepared,
     Resources,
-    Rewarming,
     Stage,
     StatisticsConfig,
     Study,
     Subsets,
-    TextSource,
-    TokenizerConfig,
-    Training,
     TrainStage,
 )
+from growmerge.schema_text import Corpus, HeldOut, Prepared, TextSource, TokenizerConfig
+from growmerge.schema_training import Rewarming, Training
 from merge.search_settings import SEARCH, Search, search_of
 from merge.settings import check_count, settings_of
 from merge.table import METHODS, STATISTICS, statistic_of

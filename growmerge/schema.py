@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from growmerge.schema_eval import EvalTask
-from growmerge.schema_mixture import AnyMixture, CorpusSize
+from growmerge.schema_mixture import AnyMixture
+from growmerge.schema_text import Corpus, HeldOut, Prepared, TokenizerConfig
+from growmerge.schema_training import Training
 from merge.search_settings import Search
 
-DecayShape = Literal["linear", "sqrt", "cosine"]
-Dynamics = Literal["preserve", "mup", "free"]
 GrowthMethod = Literal["exact-split", "symmetric", "diagonal"]
 GrownOptimizer = Literal["reset", "scaled", "asymmetric"]
 MergeMethod = Literal[
@@ -44,100 +44,8 @@ MergeMethod = Literal[
 ]
 """As in merge/table.py, and `search` for the weights of one of them."""
 Labels = Literal["text", "sampled"]
-Precision = Literal["float32", "bfloat16"]
 MergedDtype = Literal["float32", "bfloat16", "float16"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
-Kernels = Literal["auto", "torch"]
-Documents = Literal["packed", "masked"]
-Offload = Literal["none", "cpu", "nvme"]
-Saves = Literal["auto", "background", "blocking"]
-ScheduleKind = Literal["wsd", "cosine", "constant"]
-TrackerKind = Literal["jsonl", "wandb"]
-Reader = Literal["jsonl", "parquet", "txt", "json-strings", "pythonbible"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextSource:
-    """Where text comes from: files on disk, or inside a package's wheel."""
-
-    package: str | None = None
-    """A pinned package, such as `homeassistant==2025.4.4`: its wheel is read as a zip, never installed."""
-    sha256: str | None = None
-    """Checksum of the wheel; a download that differs is refused."""
-    python_version: str | None = None
-    """Python version to ask the index for, where the package does not support the running one."""
-    files: str | None = None
-    """Glob of the files to read: inside the wheel if `package` is given, else on disk, relative to this YAML file."""
-    reader: Reader | None = None
-    """How to read them; by default from the files' suffix (.jsonl, .parquet, .txt)."""
-    field: str = "text"
-    """jsonl, parquet: the key or column that holds the text."""
-    min_words: int = 1
-    """json-strings: strings with fewer words than this are left out."""
-    untranslated: str | None = None
-    """json-strings: glob of the original's files; a string equal to the original's is left out as untranslated."""
-    never_heldout: tuple[str, ...] = ()
-    """Globs of document ids that are never held out (texts that repeat one another, say)."""
-    edition: str = ""
-    """Which edition of the text this is; kept with the corpus and shown in the report."""
-    rights_holder: str = ""
-    """Who holds the rights to the text."""
-    licence: str = ""
-    """The text's licence (SPDX name where there is one)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """The text of one language."""
-
-    name: str
-    """The language's name in the report."""
-    sources: tuple[TextSource, ...] = ()
-    """Where its text comes from; none of a corpus that is in the `prepared` folder."""
-    splits: Mapping[str, float] = field(default_factory=dict)
-    """Shares of the training documents, by document, such as `{first: 0.8, rest: 0.2}`; used as `eng.first`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Corpora that `growmerge data prepare` makes: of any size, tokenised and with text held out."""
-
-    folder: str
-    """Where it puts them, relative to this YAML file."""
-    sizes: Mapping[str, CorpusSize] = field(default_factory=dict)
-    """Sizes of corpora (`swe`) and splits (`eng.first`) that are not there yet, for the dry run."""
-    sample_bytes: int = 5_000_000
-    """Text of each corpus and split, from documents all over it, for what goes by text and not by tokens: yardsticks,
-    statistics, acceptability pairs (bytes, UTF-8)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Text that no model is trained on."""
-
-    share: float = 0.08
-    """Share of the documents held out; the same document ids in every language, so that the parts are parallel."""
-    max_bytes: int = 40_000
-    """Bytes of held-out text a language at most (UTF-8)."""
-    ngram: int = 13
-    """A training passage that shares a word n-gram of this length with held-out text is left out of training."""
-
-
-VOCABULARY = 2048
-"""Entries of a tokenizer that is trained, unless a file says otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """A tokenizer: trained here (byte-level BPE), or an existing one by path."""
-
-    vocab_size: int | None = None
-    """Entries of the vocabulary, special tokens included: 2,048 by default of one that is trained; of an existing one,
-    what it has to have, so that a dry run knows it before the tokenizer is there."""
-    train_on: tuple[str, ...] = ()
-    """Corpora whose training text it is trained on; all of them by default."""
-    path: str | None = None
-    """Folder of an existing Hugging Face tokenizer, used instead of training one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,103 +66,6 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     hidden_act: Activation = "silu"
     """Of the gate in feed-forward blocks, as transformers names it; gelu is the exact one, by the error function."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewarming:
-    """Warming up again within a run, such as where new data begins (arXiv 2403.08763)."""
-
-    at: int
-    """Steps taken before it."""
-    steps: int
-    """Steps until the peak is reached again."""
-    start: float = 0.0
-    """Factor of the peak rate that it rises from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a run trains. Given once for all runs, and again in a stage where it differs."""
-
-    steps: int | None = None
-    """Optimizer steps; by default what the mixture comes to, where the sizes of its corpora are known beforehand: those
-    of the `prepared` folder."""
-    sequence_length: int = 2048
-    """Tokens in a sample."""
-    global_batch: int = 8
-    """Samples a step, over all ranks."""
-    micro_batch: int | None = None
-    """Samples a rank and a pass; by default what one pass a step needs."""
-    lr: float = 3e-4
-    """Peak learning rate."""
-    schedule: ScheduleKind = "wsd"
-    """wsd: stable at the peak, then decay; cosine: half a cosine after the warm-up; constant: no decay."""
-    warmup: int = 0
-    """Steps of linear warm-up."""
-    decay: float = 0.2
-    """wsd: share of the steps, at the end, in which the rate falls; above 1 whole steps."""
-    decay_shape: DecayShape = "linear"
-    floor: float = 0.0
-    """Factor of the peak rate that wsd and cosine fall towards."""
-    rewarm: tuple[Rewarming, ...] = ()
-    """Where the rate warms up again; a cosine then falls anew over the steps that are left."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Decoupled decay of matrices and, unless said otherwise, embeddings."""
-    decay_embeddings: bool = True
-    """Whether embeddings are decayed as matrices are."""
-    decay_norms: bool = False
-    """Whether norms and biases are decayed, too."""
-    clip: float = 1.0
-    """Gradient norm at which gradients are clipped."""
-    dynamics: Dynamics = "free"
-    """Which factors of growth a grown model's parameter groups get: all, so that after symmetric growth it trains as
-    the small one did (preserve); those of learning rate, weight decay and eps, clipping as usual (mup); none (free)."""
-    precision: Precision = "bfloat16"
-    """Compute and stored weight dtype; master copy and gradient sums are always float32."""
-    documents: Documents = "packed"
-    """packed: a sample's tokens see all before them; masked: those of their own document alone, position ids restart,
-    and a document's first token is not a target."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
-    keep: int = 2
-    """Newest checkpoints kept; with two, a damaged one costs the steps since the one before it."""
-    keep_every: int | None = None
-    """Checkpoints kept for good: those whose step is a multiple of this (to branch off from)."""
-    saves: Saves = "auto"
-    """background: a save copies the state in the CPU's memory and goes on while it is written; blocking: it waits until
-    all is on disk; auto: in the background where a second copy fits into half of the memory that is free."""
-    evaluate_every: int = 0
-    """Steps between held-out evaluations (0: at the start and the end alone)."""
-    alarms: Mapping[str, float | str] = field(default_factory=dict)
-    """By language, how far held-out bits per byte may rise above the run's start: `+0.05`, `+5%`; then what happens:
-    `+0.05 stop`, `+0.05 branch` (decay from the last checkpoint before it); a warning otherwise."""
-    zero: int = 3
-    """What DeepSpeed cuts over the ranks: nothing (0, float32 alone), the optimizer's state (1), gradients too (2),
-    weights too (3)."""
-    tp: int = 1
-    """Tensor-parallel ranks (AutoTP), which share each matrix."""
-    sp: int = 1
-    """Sequence-parallel ranks (Ulysses), which share each sequence."""
-    pp: int = 1
-    """Pipeline stages; with zero: 1."""
-    offload: Offload = "none"
-    """cpu: keep the optimizer's state in the CPU's memory, and step there."""
-    recompute: bool = False
-    """Gradient checkpointing: keep each layer's input alone and compute the rest again in the backward pass."""
-    compile: bool = False
-    """torch.compile."""
-    kernels: Kernels = "auto"
-    """auto: on GPUs FlashAttention-2 and Liger's kernels, each where it is installed; torch: only what torch has."""
-    skip_sigma: float = 6.0
-    """A step whose loss or gradient norm is so many standard deviations above the mean of the last 128 is skipped."""
-    stop_after: int = 8
-    """Skipped steps in a row after which the run stops, naming the data that it saw."""
-    stall_minutes: float = 30.0
-    """Without progress for so long, a rank prints the stacks of its threads and ends; 0: never."""
-    tracker: TrackerKind = "jsonl"
-    """Where the log goes beside JSON lines: wandb."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from growmerge.schema import TextSource
 from growmerge.schema_clean import Clean
+from growmerge.schema_text import TextSource
 
 
 @dataclass(frozen=True, kw_only=True)

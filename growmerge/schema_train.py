@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from growmerge.schema import GrownOptimizer, GrowthMethod, ModelConfig, Resources, Training
+from growmerge.schema import GrownOptimizer, GrowthMethod, ModelConfig, Resources
 from growmerge.schema_mixture import AnyMixture
+from growmerge.schema_training import Training
 
 
 @dataclass(frozen=True, kw_only=True)

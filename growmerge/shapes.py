@@ -10,7 +10,8 @@ from growmerge.config import merged_training
 from growmerge.graph import Node
 from growmerge.hub import place
 from growmerge.rules import merge_method
-from growmerge.schema import VOCABULARY, GrowStage, MergeStage, ModelConfig, Pipeline, TrainStage
+from growmerge.schema import GrowStage, MergeStage, ModelConfig, Pipeline, TrainStage
+from growmerge.schema_text import VOCABULARY
 from merge.search_settings import SEARCH
 from merge.table import statistic_of
 from parallel.errors import InputError

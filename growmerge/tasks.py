@@ -19,7 +19,8 @@ from growmerge.places import files_of
 from growmerge.references import is_path
 from growmerge.resolved import corpora_of, resolved
 from growmerge.rules import merge_method, merge_parameters
-from growmerge.schema import VOCABULARY, Corpus, MergeStage, Pipeline, TrainStage
+from growmerge.schema import MergeStage, Pipeline, TrainStage
+from growmerge.schema_text import VOCABULARY, Corpus
 from merge.search_settings import SEARCH
 from merge.table import statistic_of
 from parallel.errors import InputError

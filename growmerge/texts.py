@@ -11,7 +11,7 @@ from growmerge.hub import place
 from growmerge.prepared import prepared_text
 from growmerge.references import is_path
 from growmerge.rules_pipeline import parts
-from growmerge.schema import VOCABULARY
+from growmerge.schema_text import VOCABULARY
 from growmerge.tasks import LABELS, Task
 from growmerge.tokenizer_report import read_text
 from parallel.errors import InputError

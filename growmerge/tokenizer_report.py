@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from growmerge.schema import Reader, TextSource
+from growmerge.schema_text import Reader, TextSource
 from parallel.errors import InputError
 from train.data.readers import Document, read_documents
 from train.data.spelling import read_vocabulary, single_bytes

@@ -6,7 +6,7 @@ And english-tokenizer/, trained on the English text: a stand-in for that of a re
 import json
 from pathlib import Path
 
-from growmerge.schema import TextSource
+from growmerge.schema_text import TextSource
 from train.data.packages import default_cache, fetch
 from train.data.readers import read_documents
 from train.data.tokenizer import train_tokenizer

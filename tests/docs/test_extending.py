@@ -19,7 +19,7 @@ from checkpoint.open import FORMATS
 from eval.score import token_logprobs
 from growmerge.cli import main
 from growmerge.convert import LAYOUTS
-from growmerge.schema import Corpus, HeldOut, TextSource
+from growmerge.schema_text import Corpus, HeldOut, TextSource
 from merge.boxes import RUNNERS
 from merge.table import METHODS
 from parallel.errors import InputError

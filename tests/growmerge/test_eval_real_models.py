@@ -10,7 +10,7 @@ from real_models import GEMMA3, SMOLLM2, real_model
 from test_evaluating import verdict
 from test_merging import told
 
-from growmerge.schema import TextSource
+from growmerge.schema_text import TextSource
 from train.data.packages import default_cache, fetch
 from train.data.readers import read_documents
 

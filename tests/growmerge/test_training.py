@@ -19,7 +19,7 @@ import pytest
 from test_merging import told
 from transformers import AutoModelForCausalLM
 
-from growmerge.schema import Training
+from growmerge.schema_training import Training
 from growmerge.training import load
 from parallel.errors import InputError
 from train.data.tokenizer import load_tokenizer, train_tokenizer

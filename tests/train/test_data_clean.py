@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from regex import fullmatch as unicode_fullmatch
 
-from growmerge.schema import TextSource
 from growmerge.schema_clean import Clean
+from growmerge.schema_text import TextSource
 from parallel.errors import InputError
 from train.data.clean import build_filters, problems, reason_to_drop
 from train.data.cleaned import Report, combine, read_report, report_lines

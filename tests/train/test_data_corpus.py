@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from growmerge.schema import Corpus, HeldOut, TextSource
+from growmerge.schema_text import Corpus, HeldOut, TextSource
 from parallel.errors import InputError
 from train.data.corpus import CorpusText, build_corpora, read_corpus, write_corpora
 from train.data.heldout import Candidate, choose_heldout, decontaminate, shared_ngrams, split_documents

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from growmerge.schema import TextSource
+from growmerge.schema_text import TextSource
 from parallel.errors import InputError
 from train.data.places import opened
 from train.data.readers import Document, read_documents

@@ -15,7 +15,7 @@ from checkpoint.memory import ScratchSource
 from checkpoint.open import open_checkpoint
 from checkpoint.pickles import load_pickle
 from checkpoint.source import full_box
-from growmerge.schema import Dynamics
+from growmerge.schema_training import Dynamics
 from train.build import DYNAMICS
 from train.loop import last_checkpoint, train
 from train.measure import blocks, clone_asymmetries, growths_of
